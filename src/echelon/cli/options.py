@@ -1,0 +1,81 @@
+"""From dataclasses to command-line options: a knob is written once, in its method."""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from echelon import registry
+from echelon.cli.arguments import OneLineParser
+from echelon.errors import UserError
+
+
+def parse(
+    verb: str, description: str, options: type, kind: str, arguments: Sequence[str], positional: tuple[str, str] | None = None,
+    default_method: str | None = None,
+) -> tuple[Any, Any, list[str]]:
+    """Parse ``--method X --method.knob v`` and a verb's own options.
+
+    Args:
+        verb: its name, for the usage line.
+        description: one sentence for ``--help``.
+        options: dataclass of the verb's own options.
+        kind: registry kind that ``--method`` picks from.
+        arguments: what stands after the verb.
+        positional: name and help of the positional words, if the verb takes any.
+        default_method: the method when ``--method`` is not given.
+
+    Returns:
+        The filled ``options``, the method built from its knobs (None when the method is neither given nor defaulted), and the
+        positional words.
+
+    Raises:
+        UserError: on an unknown option or method, with the nearest legal one.
+        ValueError: from a method whose knob is out of range.
+    """
+    first = OneLineParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=default_method)
+    chosen, rest = first.parse_known_args(list(arguments))
+    names = ", ".join(card.name for card in registry.cards(kind))
+    parser = ArgumentParser(prog=f"echelon {verb}", description=description, exit_on_error=False, parser_mode="yaml")
+    parser.add_argument("--method", help=f"one of: {names} (default: {default_method}); add it before --help to see its knobs")
+    if positional:
+        parser.add_argument(positional[0], nargs="*", default=[], help=positional[1])
+    parser.add_class_arguments(options, as_group=False)
+    cls = registry.get(chosen.method, kind) if chosen.method else None
+    if cls is not None:
+        parser.add_class_arguments(cls, "method_knobs", fail_untyped=False)
+        rest = ["--method_knobs" + word[len("--method") :] if word.startswith("--method.") else word for word in rest]
+    _refuse_unknown(rest, parser, chosen.method)
+    if any(word in ("-h", "--help") for word in rest):
+        print(parser.format_help().replace("--method_knobs.", "--method.").replace("method_knobs", "method"))
+        sys.exit(0)
+    with _quiet_errors():
+        filled = parser.instantiate_classes(parser.parse_args(rest))
+    own = options(**{name: filled[name] for name in options.__dataclass_fields__})
+    return own, filled.get("method_knobs"), list(filled[positional[0]]) if positional else []
+
+
+def _refuse_unknown(words: list[str], parser: ArgumentParser, method: str | None) -> None:
+    legal = [option.replace("--method_knobs.", "--method.") for option in parser._option_string_actions]
+    for word in words:
+        name = word.split("=")[0].replace("--method_knobs.", "--method.")
+        if name == "--":
+            return
+        if name.startswith("--") and name not in legal:
+            of = f" of {method}" if name.startswith("--method.") and method else ""
+            raise UserError(f"unknown option {name!r}{of}{registry.suggest(name, legal)}")
+
+
+@contextlib.contextmanager
+def _quiet_errors() -> Iterator[None]:
+    """jsonargparse prints usage before it raises; the one line that main() prints is enough."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except argparse.ArgumentError as error:
+        raise UserError(str(error.message).replace("method_knobs.", "method.")) from error

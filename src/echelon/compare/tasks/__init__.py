@@ -1,0 +1,1 @@
+"""What is built, held equal and measured, for each kind of method: one file a kind."""
