@@ -1,6 +1,7 @@
 """Files that are whole or absent."""
 
 import contextlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -62,3 +63,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The ``text`` of every line of a JSON-lines file.
+
+    Raises:
+        UserError: if the file cannot be read, or a line is not an object with a text.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would also split at U+2028 inside a text
+        if line.strip():
+            try:
+                found.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not a JSON object with a 'text'") from error
+    return found

@@ -1,5 +1,6 @@
 """A model and its tokenizer from a folder, a hub id, or the name ``embedded``."""
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -72,8 +73,9 @@ def embedded_encoder_dir() -> Path:
     return get_model_path()
 
 
+@functools.lru_cache(maxsize=2)
 def load_encoder(name_or_path: str | os.PathLike[str] = "embedded", device: str | torch.device = "cpu") -> "SentenceTransformer":
-    """A sentence encoder, through sentence-transformers, from a folder, a hub id, or the name ``embedded``.
+    """A sentence encoder (the same object each time), through sentence-transformers, from a folder, a hub id, or the name ``embedded``.
 
     Raises:
         UserError: if it, or sentence-transformers, is not there.

@@ -6,7 +6,7 @@ from typing import Any
 _LAZY = {
     "ScoreItem": "base", "Scorer": "base", "CallableScorer": "base", "as_scorer": "base", "checked_scores": "base",
     "Weighted": "combine", "Normalised": "combine", "LengthPenalised": "combine", "Cached": "combine", "Threshold": "combine",
-    "ExactMatch": "combine", "UnigramOverlap": "overlap", "CrossEncoderScorer": "cross_encoder", "RewardModel": "cross_encoder",
+    "ExactMatch": "combine", "Cosine": "cosine", "UnigramOverlap": "overlap", "CrossEncoderScorer": "cross_encoder", "RewardModel": "cross_encoder",
     "LogLikelihood": "likelihood", "SelfEval": "likelihood", "RankGenEncoder": "rankgen", "RankGenScorer": "rankgen", "resolve": "resolving",
 }  # fmt: skip
 __all__ = sorted(_LAZY)

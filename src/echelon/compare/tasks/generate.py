@@ -5,7 +5,6 @@ is not held equal; it is measured and becomes an axis of the plot. Texts are cut
 the human continuation having first been cut to the same number of tokens.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from echelon.compare.task import Outcome, Quality
-from echelon.data.files import read_text
+from echelon.data.files import read_texts
 from echelon.data.passages import passages
 from echelon.data.text import split_sentences, truncate_to_sentence
 from echelon.errors import UserError
@@ -119,7 +118,7 @@ def read_prompts(source: str, count: int, words: int, loaded: LoadedModel, new_t
     if source == "passages":
         pairs = [(passage.id, *cut_words(passage.text, words)) for passage in passages("test")]
     else:
-        pairs = list(places(read_works(source), count, words, new_tokens))
+        pairs = list(places(read_texts(source), count, words, new_tokens))
     pairs = [(unit, prompt, rest) for unit, prompt, rest in pairs if rest]
     if len(pairs) < count:
         raise UserError(f"data.prompts is {count}, but {source} gives only {len(pairs)} with prompts of {words} words")
@@ -135,16 +134,6 @@ def cut_words(text: str, words: int) -> tuple[str, str]:
     """A text's first words, and all that follows them with its leading space."""
     parts = text.split(" ")
     return " ".join(parts[:words]), " " + " ".join(parts[words:]) if parts[words:] else ""
-
-
-def read_works(path: str) -> list[str]:
-    works = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            works.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object with a 'text'") from error
-    return works
 
 
 def places(works: list[str], count: int, words: int, new_tokens: int):
