@@ -14,13 +14,15 @@ import numpy as np
 
 from echelon.compare.task import Outcome, Quality
 from echelon.data.files import read_texts
+from echelon.data import passages as shipped
 from echelon.data.passages import passages
 from echelon.data.text import split_sentences, truncate_to_sentence
 from echelon.errors import UserError
-from echelon.evaluate.generation import evaluate_generation
+from echelon.evaluate.generation import check_metrics, evaluate_generation
 from echelon.models import LoadedModel, load
 from echelon.registry import build, suggest
 
+PASSAGES = Path(shipped.__file__).parent
 DATA = {"test": "passages", "prompts": 100, "prompt_words": 50}
 
 
@@ -55,16 +57,38 @@ class Task:
     unit = "prompt"
     budget_unit = "new tokens per prompt"
     cost_axis = "seconds_per_prompt"
+    primary = "similarity"
 
-    def prepare(self, recipe: Any) -> Context:
+    def check(self, recipe: Any) -> None:
         data = {**DATA, **recipe.data}
-        for key in data:
-            if key not in DATA:
-                raise UserError(f"unknown key {key!r} under data{suggest(key, DATA)}; keys are {', '.join(DATA)}")
+        for where, told, legal in (("data", data, list(DATA)), ("budget", recipe.budget, ["max_new_tokens"])):
+            for key in told:
+                if key not in legal:
+                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
         budget = recipe.budget.get("max_new_tokens", 64)
         for name, value in (("data.prompts", data["prompts"]), ("data.prompt_words", data["prompt_words"]), ("budget.max_new_tokens", budget)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not recipe.metrics:
+            raise UserError("metrics is empty; name at least one")
+        check_metrics(recipe.metrics)
+        if "mauve" in recipe.metrics and data["prompts"] < 100:
+            raise UserError(f"data.prompts is {data['prompts']}; the metric mauve needs at least 100")
+        if data["test"] != "passages" and not Path(data["test"]).is_file():
+            raise UserError(f"data.test: no file {data['test']}; give a JSON-lines file with a 'text' in each line, or passages")
+
+    def sources(self, recipe: Any) -> list[Path]:
+        test = recipe.data.get("test", DATA["test"])
+        return sorted(PASSAGES.glob("*.jsonl")) if test == "passages" else [Path(test)]
+
+    def describe(self, context: Context) -> str:
+        return (
+            f"{context.loaded.model.num_parameters() / 1e6:.1f} M parameters, {len(context.texts.prompts)} prompts, "
+            f"up to {context.max_new_tokens} new tokens"
+        )
+
+    def prepare(self, recipe: Any) -> Context:
+        data, budget = {**DATA, **recipe.data}, recipe.budget.get("max_new_tokens", 64)
         loaded = load(recipe.model)
         return Context(loaded, read_prompts(data["test"], data["prompts"], data["prompt_words"], loaded, budget), budget, recipe.metrics)
 
@@ -74,14 +98,14 @@ class Task:
         seconds = time.perf_counter() - started
         texts = [truncate_to_sentence(text) for text in result.texts]
         measured = evaluate_generation(
-            context.texts.prompts, context.texts.references, {entry.name: texts}, metrics=context.metrics,
+            context.texts.prompts, context.texts.references, {entry.label: texts}, metrics=context.metrics,
             model=context.loaded, seed=seed,
-        )[entry.name]  # fmt: skip
+        )[entry.label]  # fmt: skip
         count = len(texts)
         written = [len(ids) for ids in result.sequences]
         return Outcome(
             quality={
-                name: Quality(m.value, unit=m.unit, higher_is_better=m.higher_is_better, per_unit=m.per_text) for name, m in measured.items()
+                name: Quality(m.value, m.unit, m.higher_is_better, m.per_text, m.note) for name, m in measured.items()
             },
             cost={
                 "forward_tokens_per_prompt": result.stats.forward_tokens / count,
@@ -122,7 +146,8 @@ def read_prompts(source: str, count: int, words: int, loaded: LoadedModel, new_t
     pairs = [(unit, prompt, rest) for unit, prompt, rest in pairs if rest]
     if len(pairs) < count:
         raise UserError(f"data.prompts is {count}, but {source} gives only {len(pairs)} with prompts of {words} words")
-    units, prompts, rests = map(list, zip(*pairs[:count], strict=True))
+    evenly = np.linspace(0, len(pairs) - 1, count).round().astype(int)
+    units, prompts, rests = map(list, zip(*(pairs[i] for i in evenly), strict=True))
     references = []
     for rest in rests:
         ids = loaded.tokenizer(rest, add_special_tokens=False).input_ids[:new_tokens]
@@ -152,4 +177,4 @@ def places(works: list[str], count: int, words: int, new_tokens: int):
             prompt = " ".join(sentences[start + 1 : boundary])
             following = " " + " ".join(sentences[boundary : boundary + new_tokens])
             if prompt:
-                yield f"{Path(f'work{number}').name}:{boundary}", prompt, following
+                yield f"work {number + 1}, sentence {boundary}", prompt, following
