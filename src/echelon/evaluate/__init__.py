@@ -1,15 +1,15 @@
-"""Metrics and benchmarks. All fractions are plain fractions; printing multiplies by 100."""
+"""Measuring texts: repetition, overlap, likelihood, and how near they come to what people write."""
 
 import importlib
 from typing import Any
 
 _LAZY = {
-    "Mauve": "mauve", "mauve": "mauve", "features": "mauve",
+    "corpus_bleu": "text", "distinct_n": "text", "diversity": "text", "mattr": "text", "overlap_f1": "text", "rep_n": "text", "rep_w": "text",
+    "self_bleu": "text", "sentence_bleu": "text", "ttr": "text", "unigram_overlap": "text",
+    "Perplexity": "likelihood", "TokenScores": "likelihood", "coherence": "likelihood", "greedy_ratio": "likelihood",
+    "mean_log_likelihood": "likelihood", "perplexity": "likelihood", "token_scores": "likelihood",
+    "Mauve": "mauve", "divergence_curve": "mauve", "frontier_integral": "mauve", "mauve_from_histograms": "mauve", "mauve_score": "mauve",
     "Measured": "generation", "evaluate_generation": "generation",
-    "TokenScores": "likelihood", "token_scores": "likelihood", "perplexity": "likelihood",
-    "SuffixIdentification": "suffix_identification",
-    "repetition": "text", "diversity": "text", "repetition_within": "text", "unigram_overlap": "text", "distinct": "text",
-    "type_token_ratio": "text", "self_bleu": "text", "corpus_bleu": "text", "sentence_bleu": "text",
 }  # fmt: skip
 __all__ = sorted(_LAZY)
 

@@ -18,7 +18,7 @@ from echelon.data import passages as shipped
 from echelon.data.passages import passages
 from echelon.data.text import split_sentences, truncate_to_sentence
 from echelon.errors import UserError
-from echelon.evaluate.generation import check_metrics, evaluate_generation
+from echelon.evaluate.generation import METRICS, evaluate_generation
 from echelon.models import LoadedModel, load
 from echelon.registry import build, suggest
 
@@ -71,7 +71,9 @@ class Task:
                 raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if not recipe.metrics:
             raise UserError("metrics is empty; name at least one")
-        check_metrics(recipe.metrics)
+        for metric in recipe.metrics:
+            if metric not in METRICS:
+                raise UserError(f"unknown metric {metric!r}{suggest(metric, METRICS)}; metrics are {', '.join(METRICS)}")
         if "mauve" in recipe.metrics and data["prompts"] < 100:
             raise UserError(f"data.prompts is {data['prompts']}; the metric mauve needs at least 100")
         if data["test"] != "passages" and not Path(data["test"]).is_file():
