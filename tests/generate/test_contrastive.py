@@ -1,9 +1,9 @@
 """Contrastive search and contrastive decoding against their definitions, written out without cache or batch."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from echelon.generate import Beam, ContrastiveDecoding, ContrastiveSearch, Greedy
 
 

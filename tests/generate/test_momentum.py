@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from echelon.generate import Greedy, Momentum, MomentumProcessor
 from echelon.generate.momentum import RESISTANCES, overlap
 

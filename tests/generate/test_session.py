@@ -1,9 +1,9 @@
 """The session is exact: what it says does not depend on caching, chunks, forks, padding or company."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from echelon.generate import DecodeSession, Sampler
 
 FAMILIES = list(tiny.FAMILIES)

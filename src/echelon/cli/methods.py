@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 from echelon.cli.arguments import OneLineParser
+from echelon.errors import UserError
 from echelon.registry import Card, cards, named
 
 
@@ -17,6 +18,8 @@ def run(arguments: Sequence[str]) -> int:
     found = named(args.name) if args.name else cards(args.kind)
     if args.name and args.kind:
         found = [card for card in found if card in cards(args.kind)]
+        if not found:
+            raise UserError(f"{args.name} is no {args.kind}; it is a {', a '.join(card.kind for card in named(args.name))}")
     if args.json:
         print(json.dumps([dataclasses.asdict(card) for card in found], indent=2))
     elif args.name:

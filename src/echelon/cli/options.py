@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +26,7 @@ def parse(
         verb: its name, for the usage line.
         description: one sentence for ``--help``.
         options: dataclass of the verb's own options.
-        kind: registry kind that ``--method`` picks from.
+        kind: registry kind that ``--method`` picks from; empty for a verb without methods.
         arguments: what stands after the verb.
         positional: name and help of the positional words, if the verb takes any.
         default_method: the method when ``--method`` is not given.
@@ -38,26 +40,48 @@ def parse(
         ValueError: from a method whose knob is out of range.
     """
     first = OneLineParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default=default_method)
+    if kind:
+        first.add_argument("--method", default=default_method)
     chosen, rest = first.parse_known_args(list(arguments))
-    names = ", ".join(card.name for card in registry.cards(kind))
+    picked = getattr(chosen, "method", None)
     parser = ArgumentParser(prog=f"echelon {verb}", description=description, exit_on_error=False, parser_mode="yaml")
-    parser.add_argument("--method", help=f"one of: {names} (default: {default_method}); add it before --help to see its knobs")
+    if kind:
+        names = ", ".join(card.name for card in registry.cards(kind))
+        parser.add_argument("--method", help=f"one of: {names} (default: {default_method}); add it before --help to see its knobs")
     if positional:
         parser.add_argument(positional[0], nargs="*", default=[], help=positional[1])
     parser.add_class_arguments(options, as_group=False)
-    cls = registry.get(chosen.method, kind) if chosen.method else None
+    cls = registry.get(picked, kind) if picked else None
     if cls is not None:
         parser.add_class_arguments(cls, "method_knobs", fail_untyped=False)
         rest = ["--method_knobs" + word[len("--method") :] if word.startswith("--method.") else word for word in rest]
-    _refuse_unknown(rest, parser, chosen.method)
+    rest = _spelled_out(rest, parser)
+    _refuse_unknown(rest, parser, picked)
     if any(word in ("-h", "--help") for word in rest):
-        print(parser.format_help().replace("--method_knobs.", "--method.").replace("method_knobs", "method"))
+        shown = re.sub(r" *(\[--method_knobs CONFIG\]|--method_knobs CONFIG\n +Path to a configuration file\.\n)", "", parser.format_help())
+        print(shown.replace("--method_knobs.", "--method.").replace(" {true,false}", ""))
         sys.exit(0)
     with _quiet_errors():
         filled = parser.instantiate_classes(parser.parse_args(rest))
-    own = options(**{name: filled[name] for name in options.__dataclass_fields__})
+    own = options(**{name: filled[name] for name in [field.name for field in dataclasses.fields(options)]})
     return own, filled.get("method_knobs"), list(filled[positional[0]]) if positional else []
+
+
+def _spelled_out(words: list[str], parser: ArgumentParser) -> list[str]:
+    """``--dry-run`` becomes ``--dry_run=true``: hyphens in names, and switches without a value."""
+    made: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            return made + words[place:]
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            word = "--" + name[2:].replace("-", "_") + equals + value
+            action = parser._option_string_actions.get(word)
+            following = words[place + 1].lower() if place + 1 < len(words) else ""
+            if action is not None and getattr(action, "_typehint", None) is bool and following not in ("true", "false"):
+                word += "=true"
+        made.append(word)
+    return made
 
 
 def _refuse_unknown(words: list[str], parser: ArgumentParser, method: str | None) -> None:
@@ -78,4 +102,14 @@ def _quiet_errors() -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     except argparse.ArgumentError as error:
-        raise UserError(str(error.message).replace("method_knobs.", "method.")) from error
+        raise UserError(_plain(str(error.message))) from error
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's complaint about a value, as one sentence."""
+    key, value = re.search(r'[Kk]ey "([\w.]+)"', message), re.search(r"(?:Given|Got) value: (.*)", message)
+    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\]|(tuple with \d+ elements))", message)
+    wanted = [name for names in expected for name in names if name not in ("", "NoneType")]
+    if key and value and wanted:
+        return f"--{key[1].replace('method_knobs.', 'method.')} is {value[1]!r}; it must be {' or '.join(wanted)}"
+    return message.replace("method_knobs.", "method.")

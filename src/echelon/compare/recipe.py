@@ -17,6 +17,10 @@ from echelon.errors import UserError
 from echelon.registry import build, suggest
 
 BUILT_IN = Path(__file__).parent / "recipes"
+TYPES: dict[str, type] = {
+    "task": str, "methods": list, "model": str, "data": dict, "budget": dict, "seeds": list, "metrics": list, "baseline": str,
+    "timeout": float, "equivalence": float, "isolation": str, "timing_rounds": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,10 @@ def _checked(told: dict[str, Any], where: str) -> Recipe:
     for key in ("task", "methods"):
         if key not in told:
             raise UserError(f"{where} lacks {key}")
-    for key, kinds in {"task": str, "methods": list, "model": str, "data": dict, "budget": dict, "seeds": list, "metrics": list,
-                       "baseline": str, "timeout": (int, float), "equivalence": (int, float), "isolation": str, "timing_rounds": int}.items():  # fmt: skip
-        if key in told and (not isinstance(told[key], kinds) or isinstance(told[key], bool)):
-            wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            raise UserError(f"{where}: {key} is {told[key]!r}; it must be a {wanted}")
+    for key, kind in TYPES.items():
+        legal = (int, float) if kind is float else (kind,)
+        if key in told and (not isinstance(told[key], legal) or isinstance(told[key], bool)):
+            raise UserError(f"{where}: {key} is {told[key]!r}; it must be a {kind.__name__}")
     task = load_task(told["task"])
     methods = [_method(entry, number, task.kind, where) for number, entry in enumerate(told.pop("methods"), 1)]
     recipe = Recipe(methods=methods, **told)

@@ -67,7 +67,7 @@ def store(outcome: Outcome, out: Path, key: str, seconds: float) -> dict[str, An
         np.savez(packed, **arrays)  # type: ignore[arg-type]
         write_whole(folder / "per_unit.npz", packed.getvalue())
     write_whole(folder / "samples.json", json.dumps(outcome.samples))
-    quality = {
+    measured = {
         name: {
             "value": q.value, "unit": q.unit, "higher_is_better": q.higher_is_better, "n": 1 if q.per_unit is None else len(q.per_unit),
             "note": q.note, "per_unit": f"runs/{key}/per_unit.npz" if name in arrays else None,
@@ -75,7 +75,7 @@ def store(outcome: Outcome, out: Path, key: str, seconds: float) -> dict[str, An
         for name, q in outcome.quality.items()
     }  # fmt: skip
     cost = {**outcome.cost, "wall_s": seconds, "maxrss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return {"quality": quality, "cost": cost, "budget": outcome.budget, "curves": outcome.curves}
+    return {"quality": measured, "cost": cost, "budget": outcome.budget, "curves": outcome.curves}
 
 
 def main() -> None:

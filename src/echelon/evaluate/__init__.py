@@ -10,6 +10,7 @@ _LAZY = {
     "mean_log_likelihood": "likelihood", "perplexity": "likelihood", "token_scores": "likelihood",
     "Mauve": "mauve", "divergence_curve": "mauve", "frontier_integral": "mauve", "mauve_from_histograms": "mauve", "mauve_score": "mauve",
     "Measured": "generation", "evaluate_generation": "generation",
+    "SuffixIdentification": "suffix_identification", "baselines": "suffix_identification",
 }  # fmt: skip
 __all__ = sorted(_LAZY)
 

@@ -7,7 +7,7 @@ once; a text longer than the model's context is read in overlapping windows, eac
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.models import LoadedModel
 
-Model = LoadedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Model: TypeAlias = LoadedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Row = tuple[int, list[int], list[int], int]  # text, its encoder tokens, its (decoder) tokens, how many of the last ones count
 _LOGITS = 2**27  # numbers in one forward's logits: half a gigabyte in float32
 

@@ -35,7 +35,7 @@ def _at_least_one(name: str, value: int) -> None:
 def _all_texts(texts: Text | Sequence[Text]) -> Sequence[Text]:
     if isinstance(texts, str):
         return [texts]
-    return texts if all(isinstance(text, str | list | tuple) for text in texts) else list(texts)  # type: ignore[arg-type]
+    return texts if all(isinstance(text, str | list | tuple) for text in texts) else list(texts)  # type: ignore[return-value, arg-type]
 
 
 def rep_n(texts: str | Sequence[Text], n: int, *, compat: Literal["simctg"] | None = None) -> float:

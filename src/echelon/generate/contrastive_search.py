@@ -58,7 +58,7 @@ class ContrastiveSearch(Decoder):
             events, session.on_event = session.on_event, None  # candidates are not yet text
             eos, session.eos = session.eos, frozenset()
             session.push(pushed)
-            hidden, mask = session.hidden_states()
+            hidden, _ = session.hidden_states()
             session.on_event, session.eos = events, eos
             last = torch.nn.functional.normalize(hidden[:, -1], dim=-1)
             chosen = list(starts[:-1])

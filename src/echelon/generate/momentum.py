@@ -43,7 +43,8 @@ class Momentum(TokenDecoder):
     Attributes:
         momentum_top_k: candidates at each step, at least 1.
         momentum_alpha: scale of the resistance, at least 0; 0 is greedy.
-        resistance: `linear`, `constant`, `log`, `exp`, `ngram_block` (ablation), `chinese` (the 3.5B model's table), or a list of values for overlaps 0, 1, 2 ...
+        resistance: `linear`, `constant`, `log`, `exp`, `ngram_block` (ablation), `chinese` (the 3.5B model's table), or a list
+            of values for overlaps 0, 1, 2 ...
         max_overlap: longest overlap that is told apart, at least 1.
         count_prompt: whether the prompt's tokens count as visited.
 

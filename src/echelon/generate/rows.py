@@ -25,7 +25,7 @@ class Caller:
 
     @classmethod
     def of(cls, model: PreTrainedModel, pad_id: int) -> "Caller":
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper takes **kwargs
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT takes **kwargs
         names = inspect.signature(inner.forward).parameters
         cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
         return cls(model, bool(model.config.is_encoder_decoder), "position_ids" in names, "logits_to_keep" in names, cache_name, pad_id)
@@ -188,7 +188,7 @@ def _gather_cache(caches: Sequence[DynamicCache], collect, attribute: str, dim: 
     made = DynamicCache()
     for layer in range(len(caches[0].layers)):
         both = [
-            collect(lambda b, part=part: getattr((getattr(b.cache, attribute) if attribute else b.cache).layers[layer], part), dim)
+            collect(lambda b, part=part, layer=layer: getattr((getattr(b.cache, attribute) if attribute else b.cache).layers[layer], part), dim)
             for part in ("keys", "values")
         ]
         made.update(both[0][:, :, used], both[1][:, :, used], layer)

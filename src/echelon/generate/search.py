@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from echelon.generate.base import Candidate
 from echelon.generate.session import DecodeSession, Event
 from echelon.score import ScoreItem, Scorer, checked_scores
@@ -64,7 +63,9 @@ class SegmentBeam:
             if self.sliding:
                 moving = {k: moving[row] for k, row in enumerate(i for i, n in enumerate(times) for _ in range(n))}
             session.fork(times)
+            events, session.on_event = session.on_event, None  # samples are not yet text
             session.extend(budget)
+            session.on_event = events
             written += budget
             session.stats.rounds += 1
             done = written >= max_new_tokens

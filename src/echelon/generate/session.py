@@ -93,7 +93,7 @@ class DecodeSession:
         seed: int = 0,
         use_cache: bool = True,
         max_rows: int | None = None,
-        processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        processors: Sequence[Callable[..., Any]] = (),
         stop: Sequence[Callable[..., Any]] = (),
         eos_token_ids: Sequence[int] | None = None,
         request_ids: Sequence[Hashable] | None = None,
@@ -103,7 +103,7 @@ class DecodeSession:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model, self.tokenizer, self.sampler, self.seed = model, tokenizer, sampler, seed
-        self.processors = [*sampler.penalties(), *processors, *sampler.warpers()]
+        self.processors: list[Callable[..., Any]] = [*sampler.penalties(), *processors, *sampler.warpers()]
         self.stop, self.request_ids, self.on_event = list(stop), request_ids, on_event
         self.eos = frozenset(_ids(model.generation_config.eos_token_id) if eos_token_ids is None else eos_token_ids)
         self.max_rows, self.want_hidden = max_rows, want_hidden
@@ -141,7 +141,7 @@ class DecodeSession:
     def decode(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:
             return ""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     # -- operations -------------------------------------------------------------------------------------------------
 
@@ -156,7 +156,8 @@ class DecodeSession:
         Raises:
             ValueError: if a prompt has no token at all, or text comes without a tokenizer.
         """
-        encoded = [self._encode(number, prompt) for number, prompt in enumerate(prompts)]
+        given: list[Any] = list(prompts)
+        encoded = [self._encode(number, prompt) for number, prompt in enumerate(given)]
         limit = context_length(self.model)
         if limit is not None and limit - room < 1:
             raise ValueError(f"max_new_tokens is {room}; the model's context holds {limit} tokens, prompt included")

@@ -57,8 +57,8 @@ class Scorer(ABC):
     def score(self, items: Sequence[ScoreItem]) -> Float[Tensor, " items"]:
         """One float32 score for each item, in their order; an empty tensor for none."""
 
-    def attach(self, session: Any) -> None:
-        """Take note of the session that the items' rows belong to; most scorers have no use for it."""
+    def attach(self, session: Any) -> None:  # noqa: B027 (most scorers have no use for it)
+        """Take note of the session that the items' rows belong to."""
 
 
 class CallableScorer(Scorer):

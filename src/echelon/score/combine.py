@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from echelon.score.base import Scorer, ScoreItem, checked_scores
+from echelon.score.base import ScoreItem, Scorer, checked_scores
 
 
 class _Wrapped(Scorer):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echelon.models import load_encoder
 from echelon.registry import method
-from echelon.score.base import Scorer, ScoreItem
+from echelon.score.base import ScoreItem, Scorer
 
 
 @method(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from echelon.score.base import Scorer, ScoreItem
+from echelon.score.base import ScoreItem, Scorer
 
 
 class CrossEncoderScorer(Scorer):
@@ -59,7 +59,7 @@ class RewardModel(Scorer):
         return made
 
     def _encode(self, items: Sequence[ScoreItem]):
-        settings: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        settings: dict[str, Any] = {"padding": True, "padding_side": "right", "truncation": True, "return_tensors": "pt"}
         settings["max_length"] = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 1 << 30))
         if self.chat:
             turns = [[{"role": "user", "content": item.prefix}, {"role": "assistant", "content": item.text}] for item in items]

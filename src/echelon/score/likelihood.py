@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echelon.models import LoadedModel, load
 from echelon.registry import method
-from echelon.score.base import Scorer, ScoreItem, by_prefix
+from echelon.score.base import ScoreItem, Scorer, by_prefix
 
 
 @method(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from echelon.data.text import content_words
 from echelon.registry import method
-from echelon.score.base import Scorer, ScoreItem
+from echelon.score.base import ScoreItem, Scorer
 
 
 def overlap_precision(prefix: Sequence[str], text: Sequence[str]) -> float:

@@ -21,7 +21,7 @@ from echelon.data.files import read_text, write_whole
 from echelon.errors import UserError
 from echelon.models import embedded_dir, embedded_encoder_dir
 from echelon.registry import method
-from echelon.score.base import Scorer, ScoreItem
+from echelon.score.base import ScoreItem, Scorer
 
 Side = Literal["prefix", "suffix"]
 MARKERS: dict[Side, str] = {"prefix": "pre ", "suffix": "suffi "}
@@ -92,7 +92,7 @@ class RankGenEncoder(nn.Module):
             if told["adapted"]:
                 from peft import PeftModel
 
-                backbone = PeftModel.from_pretrained(backbone, str(folder / "adapter"))
+                backbone = PeftModel.from_pretrained(backbone, str(folder / "adapter"))  # type: ignore[assignment]
             made = cls(backbone, tokenizer, source=source, **told)
             made.projection.load_state_dict(load_file(folder / "projection.safetensors"))
         except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:

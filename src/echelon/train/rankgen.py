@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +93,7 @@ class RankGenTrainer:
         rows_per_document: use this many rows of each document, drawn at random; 0 uses all.
         mask_overlap: continuations that share a sentence with the right one are no negatives.
         batch_size: rows a step, from one document as far as it reaches; large ones help identification most.
-        cache_chunk: rows forwarded at a time (gradient caching); memory grows with it and not with the batch.
+        cache_chunk: texts forwarded at a time (gradient caching); memory grows with it and not with the batch.
         steps: optimizer steps.
         optimizer: `auto` (Adafactor at a constant rate for T5, else AdamW with warm-up and linear decay), `adafactor` or `adamw`.
         learning_rate: 0 takes 2e-3 for Adafactor, 5e-4 for AdamW on LoRA and 1e-4 for AdamW on everything.
@@ -267,15 +267,14 @@ class RankGenTrainer:
         return made, lambda step: peak * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))
 
     def _step(self, encoder: RankGenEncoder, rows: list[Pair]) -> dict[str, float]:
-        """Gradients of one batch, in pieces of ``cache_chunk`` rows: vectors first, their gradients next, then each piece again."""
+        """Gradients of one batch, in pieces of texts of similar length: vectors first, their gradients next, then each piece again."""
         sides = [encoder.tokens([row.prefix for row in rows], "prefix"), encoder.tokens([row.continuation for row in rows], "suffix")]
         if self.negatives != "inbook":
             sides.append(encoder.tokens([row.generated for row in rows], "suffix"))
         texts = [ids for side in sides for ids in side]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        size = self.cache_chunk * len(sides)
-        pieces = [order[i : i + size] for i in range(0, len(order), size)]
-        once = len(pieces) == 1
+        pieces = [order[i : i + self.cache_chunk] for i in range(0, len(order), self.cache_chunk)]
+        once = len(rows) <= self.cache_chunk  # a small batch keeps its activations and need not run twice
 
         def vectors(piece: list[int]) -> Tensor:
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.bf16):
@@ -312,14 +311,14 @@ def _accuracies(logits: Tensor, rows: list[Pair]) -> dict[str, float]:
     return {"inbook_accuracy": inbook, "generated_accuracy": against, "same_document": share}
 
 
-def save_checkpoint(path: Path, step: int, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(path: Path, step: int, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     tensors = {f"model.{name}": p.detach() for name, p in named.items()}
     for name, p in named.items():
         tensors |= {f"optim.{name}|{key}": torch.as_tensor(value) for key, value in optimizer.state[p].items() if value is not None}
     write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"step": str(step)}))
 
 
-def load_checkpoint(path: Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(path: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put weights and optimizer state back; returns the step they were saved at, 0 when there is no checkpoint."""
     if not os.path.exists(path):
         return 0

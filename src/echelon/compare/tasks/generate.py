@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from echelon.compare.task import Outcome, Quality
-from echelon.data.files import read_texts
 from echelon.data import passages as shipped
+from echelon.data.files import read_texts
 from echelon.data.passages import passages
 from echelon.data.text import split_sentences, truncate_to_sentence
 from echelon.errors import UserError
