@@ -5,7 +5,7 @@ from typing import Any
 
 _LAZY = {
     "Recipe": "recipe", "load_recipe": "recipe", "compare": "runner", "read_results": "results",
-    "Summary": "summary", "summarise": "statistics", "recommend": "recommend", "write_report": "report",
+    "Summary": "summary", "summarise": "statistics", "recommend": "recommendation", "write_report": "report",
 }  # fmt: skip
 __all__ = sorted(_LAZY)
 

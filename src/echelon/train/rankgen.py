@@ -98,6 +98,7 @@ class RankGenTrainer:
         optimizer: `auto` (Adafactor at a constant rate for T5, else AdamW with warm-up and linear decay), `adafactor` or `adamw`.
         learning_rate: 0 takes 2e-3 for Adafactor, 5e-4 for AdamW on LoRA and 1e-4 for AdamW on everything.
         lora_rank: train a LoRA of this rank and the projection; 0 trains everything.
+        projection_scale: the projection begins as this multiple of the identity; backbones whose vectors are short begin faster with more.
         pooling: `first` token, `last` or `mean`.
         prefix_max_length: encoder tokens kept of a prefix.
         suffix_max_length: encoder tokens kept of a continuation.
@@ -118,6 +119,7 @@ class RankGenTrainer:
     optimizer: Literal["auto", "adafactor", "adamw"] = "auto"
     learning_rate: float = 0.0
     lora_rank: int = 0
+    projection_scale: float = 1.0
     pooling: Literal["first", "last", "mean"] = "first"
     prefix_max_length: int = 512
     suffix_max_length: int = 128
@@ -133,6 +135,8 @@ class RankGenTrainer:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least {low}")
+        if not self.projection_scale > 0:
+            raise ValueError(f"projection_scale is {self.projection_scale!r}; it must be above 0")
         if not 1 <= self.suffix_words[0] <= self.suffix_words[1]:
             raise ValueError(f"suffix_words is {self.suffix_words!r}; it must be two numbers, 1 <= first <= second")
 
@@ -165,6 +169,8 @@ class RankGenTrainer:
         encoder = RankGenEncoder.from_backbone(
             model, pooling=self.pooling, prefix_max_length=self.prefix_max_length, suffix_max_length=self.suffix_max_length
         ).eval()  # no dropout: gradient caching runs each text twice
+        with torch.no_grad():
+            encoder.projection.weight.mul_(self.projection_scale)
         if self.lora_rank:
             from peft import LoraConfig, get_peft_model
 

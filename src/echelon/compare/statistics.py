@@ -1,0 +1,180 @@
+"""From results to what they allow to be said: paired intervals, tests, ties, ranks."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echelon.compare.recipe import Recipe
+from echelon.compare.results import per_unit, samples
+from echelon.compare.summary import Difference, Estimate, Metric, Row, Summary
+from echelon.compare.task import load_task
+from echelon.data.files import read_text
+
+DRAWS = 10_000
+Values = Callable[[dict[str, Any], str], np.ndarray | None]
+
+
+def summary_of(out: Path, recipe: Recipe, results: Sequence[dict[str, Any]]) -> Summary:
+    """The summary of a comparison that lies in ``out``."""
+    task = load_task(recipe.task)
+    timing = json.loads(read_text(out / "timing.json")) if (out / "timing.json").is_file() else None
+    summary = summarise(results, lambda result, metric: per_unit(out, result, metric), recipe, timing=timing)
+    summary.unit, summary.cost_axis = task.unit, task.cost_axis
+    if not any(summary.metrics[name].higher_is_better is not None for name in (summary.primary,) if name in summary.metrics):
+        summary.primary = task.primary
+    for result in results:
+        if result["run"]["status"] == "finished" and result["run"]["seed"] == recipe.seeds[0]:
+            for sample in samples(out, result):
+                held = summary.texts.setdefault(sample["unit"], {"prompt": sample["prompt"], "reference": sample["reference"], "texts": {}})
+                held["texts"][result["run"]["label"]] = sample["text"]
+            summary.curves[result["run"]["label"]] = result.get("curves", {})
+    return summary
+
+
+def summarise(
+    results: Sequence[dict[str, Any]], values: Values, recipe: Recipe, *, timing: dict[str, Any] | None = None, draws: int = DRAWS, seed: int = 0
+) -> Summary:
+    """Estimates of every method, and differences to the baseline and to the best.
+
+    Units are drawn with replacement, the same ones for all methods, with seeds drawn inside; with one seed an interval covers units only.
+
+    Args:
+        results: what the runner returned.
+        values: the per-unit values of a result's metric, or None.
+        recipe: the recipe.
+        timing: seconds by label and round, whose median replaces the ``seconds_per_*`` cost.
+        draws: bootstrap and sign-flip draws.
+        seed: of both.
+    """
+    metrics: dict[str, Metric] = {}
+    for result in results:
+        for name, quality in result["quality"].items():
+            metrics.setdefault(name, Metric(quality["unit"], quality["higher_is_better"], quality.get("note", "")))
+    order = [name for name in recipe.metrics if name in metrics] + [name for name in metrics if name not in recipe.metrics]
+    metrics = {name: metrics[name] for name in order}
+    rows, runs = [], {}
+    for entry in recipe.methods:
+        mine = [result for result in results if result["run"]["label"] == entry.label]
+        good = [result for result in mine if result["run"]["status"] == "finished"]
+        bad = [result["run"]["error"] for result in mine if result["run"]["status"] != "finished"]
+        row = Row(entry.label, entry.name, entry.knobs, "failed" if bad or not good else "finished", bad[0] if bad else None)
+        rows.append(row)
+        if row.status == "finished":
+            runs[entry.label] = good
+            names = {name for result in good for name in result["cost"]}
+            row.cost = {name: float(np.median([result["cost"][name] for result in good if name in result["cost"]])) for name in sorted(names)}
+            times = (timing or {}).get("rounds", {}).get(entry.label)
+            for name in [name for name in row.cost if name.startswith("seconds_per_")] if times else []:
+                row.cost[name] = float(np.median(times))
+    baseline = recipe.baseline or recipe.methods[0].label
+    directed = [name for name, metric in metrics.items() if metric.higher_is_better is not None]
+    summary = Summary(
+        rows, metrics, directed[0] if directed else next(iter(metrics), ""), baseline, "wall_s", "unit",
+        next((result["identity"].get("scale", "") for result in results if result["identity"].get("scale")), ""),
+        next((result["budget"] for result in results if result["budget"]), {}), dict(results[0]["identity"]) if results else {}, recipe.to_dict(),
+    )  # fmt: skip
+    for name in metrics:
+        _measure(summary, name, runs, values, recipe.equivalence, np.random.default_rng(seed), draws)
+    _holm(summary)
+    return summary
+
+
+def _measure(
+    summary: Summary, name: str, runs: dict[str, list[dict[str, Any]]], values: Values, equivalence: float, generator: np.random.Generator, draws: int
+) -> None:
+    held: dict[str, np.ndarray] = {}  # label -> (seeds, units)
+    for label, results in runs.items():
+        arrays = [values(result, name) for result in results if name in result["quality"]]
+        if arrays and all(array is not None for array in arrays) and len({len(array) for array in arrays if array is not None}) == 1:
+            held[label] = np.stack([array for array in arrays if array is not None]).astype(np.float64)
+        elif arrays:
+            points = [result["quality"][name]["value"] for result in results if name in result["quality"]]
+            mean = float(np.mean(points))
+            summary.row(label).values[name] = Estimate(mean, min(points), max(points), 1, len(points))
+    shapes = {array.shape[1] for array in held.values()}
+    if not held or len(shapes) > 1:
+        return
+    draw = {label: means for label, means in zip(held, resampled(list(held.values()), generator, draws), strict=True)}
+    for label, array in held.items():
+        low, high = np.quantile(draw[label], [0.025, 0.975])
+        summary.row(label).values[name] = Estimate(float(array.mean()), float(low), float(high), array.shape[1], array.shape[0])
+    higher = summary.metrics[name].higher_is_better
+    best = summary.best(name)
+    for label in held:
+        row = summary.row(label)
+        if summary.baseline in held and label != summary.baseline:
+            row.versus_baseline[name] = _difference(held, draw, label, summary.baseline, generator)
+        if best is not None and best.label in held:
+            if label != best.label:
+                row.versus_best[name] = difference = _difference(held, draw, label, best.label, generator)
+                near = max(abs(difference.low), abs(difference.high)) <= equivalence * abs(best.values[name].mean)
+                row.tied_with_best[name] = near or difference.low <= 0 <= difference.high
+            else:
+                row.tied_with_best[name] = True
+    if higher is not None:
+        stacked = np.stack([draw[label] for label in held])
+        winners = (stacked if higher else -stacked).argmax(0)
+        for place, label in enumerate(held):
+            summary.row(label).first_share[name] = float((winners == place).mean())
+
+
+def resampled(arrays: Sequence[np.ndarray], generator: np.random.Generator, draws: int) -> list[np.ndarray]:
+    """Bootstrap means of each (seeds, units) array: the same units in all, and, where there are several seeds, one drawn for each unit.
+
+    Draws are moved away from the mean by sqrt(n / (n - 1)), by which a bootstrap of n units is too narrow.
+    """
+    units = arrays[0].shape[1]
+    wider = (units / max(1, units - 1)) ** 0.5
+    made: list[list[np.ndarray]] = [[] for _ in arrays]
+    for start in range(0, draws, 1000):
+        count = min(1000, draws - start)
+        chosen = generator.integers(0, units, (count, units))
+        seeds = generator.random((count, units))
+        for means, array in zip(made, arrays, strict=True):
+            means.append(array[(seeds * len(array)).astype(int), chosen].mean(1))
+    return [array.mean() + wider * (np.concatenate(means) - array.mean()) for means, array in zip(made, arrays, strict=True)]
+
+
+def _difference(
+    held: dict[str, np.ndarray], draw: dict[str, np.ndarray], label: str, other: str, generator: np.random.Generator
+) -> Difference:
+    gaps = draw[label] - draw[other]
+    low, high = np.quantile(gaps, [0.025, 0.975])
+    paired = held[label].mean(0) - held[other].mean(0)
+    return Difference(float(paired.mean()), float(low), float(high), sign_flip(paired, generator, len(gaps)))
+
+
+def sign_flip(paired: np.ndarray, generator: np.random.Generator, draws: int = DRAWS) -> float:
+    """Two-sided p-value of a mean of 0 when every difference could as well have had the other sign; exact for up to 12 units."""
+    observed = abs(paired.sum()) * (1 - 1e-12)
+    if len(paired) <= 12:
+        signs = 1 - 2 * ((np.arange(2 ** len(paired))[:, None] >> np.arange(len(paired))) & 1)
+        return float((np.abs(signs @ paired) >= observed).mean())
+    count = 0
+    for start in range(0, draws, 2000):
+        signs = generator.integers(0, 2, (min(2000, draws - start), len(paired)), dtype=np.int8) * 2.0 - 1
+        count += int((np.abs(signs @ paired) >= observed).sum())
+    return (count + 1) / (draws + 1)
+
+
+def _holm(summary: Summary) -> None:
+    """Correct all comparisons with the baseline together, and all with the best."""
+    for where in ("versus_baseline", "versus_best"):
+        places = [(getattr(row, where), name) for row in summary.rows for name in getattr(row, where)]
+        corrected = holm([table[name].p for table, name in places])
+        for (table, name), p in zip(places, corrected, strict=True):
+            old = table[name]
+            table[name] = Difference(old.value, old.low, old.high, old.p, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction."""
+    made = [1.0] * len(p_values)
+    highest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        made[place] = highest
+    return made
