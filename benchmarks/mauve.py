@@ -21,6 +21,7 @@ from echelon.data.files import write_whole
 from echelon.evaluate.mauve import mauve_score
 
 RESULTS = Path(__file__).parent / "results" / "mauve.md"
+PEER_NAME = "mauve-text 0.4.0, one seed"
 PEER = """
 import sys, time, numpy as np, mauve
 p, q = (np.load(path) for path in sys.argv[1:3])
@@ -56,7 +57,8 @@ def theirs(python: str, p: Path, q: Path) -> tuple[float, float]:
 
 def summary(runs: list[tuple[float, float]]) -> tuple[float, str]:
     seconds = sorted(run[0] for run in runs)
-    return float(np.median(seconds)), f"{np.median(seconds):.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}) | {np.median([run[1] for run in runs]):.4f}"
+    median, value = float(np.median(seconds)), np.median([run[1] for run in runs])
+    return median, f"{median:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}) | {value:.4f}"
 
 
 def main() -> None:
@@ -65,28 +67,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--count", type=int, default=1000, help="texts a side")
     args = parser.parse_args()
+    peer_option = " --peer-python PATH" if args.peer_python else ""
     lines = [
         "# MAUVE on given features", "",
-        f"    python benchmarks/mauve.py{' --peer-python PATH' if args.peer_python else ''} --repeats {args.repeats} --count {args.count}", "",
+        f"    python benchmarks/mauve.py{peer_option} --repeats {args.repeats} --count {args.count}", "",
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
         f"Python {platform.python_version()}, numpy {np.__version__}. {args.count} + {args.count} random features; "
-        f"median of {args.repeats} (fastest to slowest), taken in turn.",
+        f"median of {args.repeats} (fastest to slowest), taken in turn; load average {os.getloadavg()[0]:.1f} before.",
         "", "| features | what | seconds | MAUVE | time as a share of mauve-text's |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for width in (384, 1280):
         p, q = features(args.count, width, seed=width)
-        runs: dict[str, list[tuple[float, float]]] = {"mauve-text 0.4.0 (one seed)": [], "echelon, one seed": [], "echelon, three seeds": []}
+        runs: dict[str, list[tuple[float, float]]] = {PEER_NAME: [], "echelon, one seed": [], "echelon, three seeds": []}
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, "p.npy"), Path(folder, "q.npy")]
             np.save(paths[0], p)
             np.save(paths[1], q)
             for _ in range(args.repeats):
                 if args.peer_python:
-                    runs["mauve-text 0.4.0 (one seed)"].append(theirs(args.peer_python, *paths))
+                    runs[PEER_NAME].append(theirs(args.peer_python, *paths))
                 runs["echelon, one seed"].append(ours(p, q, (25,)))
                 runs["echelon, three seeds"].append(ours(p, q, (25, 26, 27)))
                 print(f"{width}-d: " + ", ".join(f"{name} {made[-1][0]:.2f} s" for name, made in runs.items() if made), file=sys.stderr)
-        peer = summary(runs["mauve-text 0.4.0 (one seed)"])[0] if args.peer_python else None
+        peer = summary(runs[PEER_NAME])[0] if args.peer_python else None
         for name, made in runs.items():
             if made:
                 median, told = summary(made)

@@ -3,10 +3,10 @@
 import functools
 
 import numpy as np
-import tiny
 import torch
 import transformers
 
+import tiny
 from echelon.score import RankGenEncoder
 
 
@@ -36,7 +36,7 @@ def untrained_rankgen(family="bert", **settings):
     return made
 
 
-class encoder:  # noqa: N801 (reads as a function)
+class encoder:
     """Bag-of-words vectors with the signature of SentenceTransformer.encode."""
 
     max_seq_length = 128

@@ -1,8 +1,10 @@
 """A method declares itself once; the cards are read without importing it."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,11 @@ def test_a_wrong_name_gets_the_nearest_one():
         registry.cards("decodr")
     with pytest.raises(UserError, match="unknown knob 'beem_size' of rankgen.*did you mean 'beam_size'"):
         registry.build("rankgen", "decoder", {"beem_size": 2})
+
+
+def test_the_table_in_the_readme_is_not_stale():
+    spec = importlib.util.spec_from_file_location("table", Path(__file__).parents[1] / "docs" / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    readme = table.README.read_text()
+    assert table.with_table(readme) == readme, "run `python docs/table.py`"

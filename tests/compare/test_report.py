@@ -5,11 +5,11 @@ import re
 import html5lib
 import numpy as np
 import pytest
-from rigged import rigged
 
 from echelon.compare import recommend, write_report
 from echelon.compare.table import markdown, terminal
 from echelon.errors import UserError
+from rigged import rigged
 
 RANDOM = np.random.default_rng(0)
 BASE = RANDOM.normal(1, 0.3, 60)

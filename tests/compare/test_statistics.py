@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import scipy.stats
-from rigged import rigged
 
 from echelon.compare.statistics import holm, resampled, sign_flip
+from rigged import rigged
 
 
 def test_a_baseline_with_noise_is_tied_and_one_three_standard_errors_better_is_better():

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from echelon.errors import UserError
 from echelon.generate import generate
 from echelon.registry import build, cards, get

@@ -3,10 +3,9 @@
 import functools
 
 import pytest
-import tiny
 import torch
-from small_encoder import encoder, untrained_rankgen
 
+import tiny
 from echelon.generate import BestOfN, DecodeSession, Sampler, SegmentBeam
 from echelon.models import LoadedModel
 from echelon.registry import cards
@@ -29,6 +28,7 @@ from echelon.score import (
     as_scorer,
     checked_scores,
 )
+from small_encoder import encoder, untrained_rankgen
 
 
 @functools.cache

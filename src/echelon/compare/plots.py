@@ -58,7 +58,8 @@ def quality_cost(summary: Summary, metric: str, cost: str) -> str:
     parts += _labels(place)
     higher = summary.metrics[metric].higher_is_better
     better = "" if higher is None else " (higher is better)" if higher else " (lower is better)"
-    parts.append(f'<text text-anchor="middle" x="{(left + width - right) / 2}" y="{height - 12}">{html.escape(heading(cost))}{", log scale" if log else ""}</text>')
+    name = html.escape(heading(cost)) + (", log scale" if log else "")
+    parts.append(f'<text text-anchor="middle" x="{(left + width - right) / 2}" y="{height - 12}">{name}</text>')
     parts.append(
         f'<text text-anchor="middle" transform="translate(18 {(top + height - bottom) / 2}) rotate(-90)">{html.escape(heading(metric))}{better}</text>'
     )

@@ -45,7 +45,9 @@ def page(summary: Summary, advice: Recommendation) -> str:
         legend=_e(legend(summary) + "."),
         scatter=plots.quality_cost(summary, summary.primary, summary.cost_axis) if summary.finished else "",
         front=_e(f"Dashed: the Pareto front ({front}). Orange: the baseline. Bars: 95 % intervals." if front else "No method finished."),
-        bars="".join(f"<figure>{plots.bars(summary, m)}<figcaption class=\"note\">{_e(held.note)}</figcaption></figure>" for m, held in summary.metrics.items()),
+        bars="".join(
+            f'<figure>{plots.bars(summary, m)}<figcaption class="note">{_e(held.note)}</figcaption></figure>' for m, held in summary.metrics.items()
+        ),
         curves=_curves(summary),
         texts_note=_e(f"The same {summary.unit}s for all, first seed; {min(SHOWN, len(summary.texts))} of {len(summary.texts)} shown."),
         texts=_texts(summary, advice.label),
@@ -84,7 +86,7 @@ def _cell(summary: Summary, row: Row, metric: str) -> str:
 
 
 def _texts(summary: Summary, chosen: str | None) -> str:
-    parts = []
+    parts: list[str] = []
     order = [row.label for row in ranked(summary)]
     for unit, held in list(summary.texts.items())[:SHOWN]:
         parts.append(f"<details{'' if parts else ' open'}><summary>{_e(unit)}: {_e(_cut(held['prompt'], 110))}</summary>")

@@ -151,8 +151,8 @@ def sign_flip(paired: np.ndarray, generator: np.random.Generator, draws: int = D
     """Two-sided p-value of a mean of 0 when every difference could as well have had the other sign; exact for up to 12 units."""
     observed = abs(paired.sum()) * (1 - 1e-12)
     if len(paired) <= 12:
-        signs = 1 - 2 * ((np.arange(2 ** len(paired))[:, None] >> np.arange(len(paired))) & 1)
-        return float((np.abs(signs @ paired) >= observed).mean())
+        every = 1 - 2 * ((np.arange(2 ** len(paired))[:, None] >> np.arange(len(paired))) & 1)
+        return float((np.abs(every @ paired) >= observed).mean())
     count = 0
     for start in range(0, draws, 2000):
         signs = generator.integers(0, 2, (min(2000, draws - start), len(paired)), dtype=np.int8) * 2.0 - 1

@@ -120,7 +120,20 @@ def _distinct_2(job: Texts) -> Result:
 
 
 def _self_bleu(job: Texts) -> Result:
-    return _mean_of(lambda job: of.self_bleu(job.texts, 4, limit=None), "BLEU-4, method-1 smoothing, words; all other texts are references")(job)
+    note = "BLEU-4, method-1 smoothing, words; all other texts are references"
+    return _mean_of(lambda job: of.self_bleu(job.texts, 4, limit=None), note)(job)
+
+
+def _overlap(job: Texts) -> list[float]:
+    return [of.overlap_f1(text, reference) for text, reference in zip(job.texts, job.references, strict=True)]
+
+
+def _repetition(job: Texts) -> list[float]:
+    return [of.rep_w(text, prefix, w=20) for text, prefix in zip(job.texts, job.prefixes, strict=True)]
+
+
+def _mattr(job: Texts) -> list[float]:
+    return [of.mattr(text) for text in job.texts]
 
 
 def _prompt_overlap(job: Texts) -> list[float]:
@@ -129,21 +142,17 @@ def _prompt_overlap(job: Texts) -> list[float]:
 
 _METRICS = {
     "similarity": Metric("cosine", True, "references", _similarity),
-    "overlap": Metric("share", True, "references", _mean_of(
-        lambda job: [of.overlap_f1(*pair) for pair in zip(job.texts, job.references, strict=True)], "F1 of content words with the human reference"
-    )),
+    "overlap": Metric("share", True, "references", _mean_of(_overlap, "F1 of content words with the human reference")),
     "prompt_overlap": Metric("share", True, "", _mean_of(_prompt_overlap, "precision of content words against the prefix")),
     "mauve": Metric("score", True, "references", _mauve),
     "diversity": Metric("share", True, "", _diversity),
-    "repetition": Metric("share", False, "", _mean_of(
-        lambda job: [of.rep_w(*pair, w=20) for pair in zip(job.texts, job.prefixes, strict=True)], "words also among the 20 before them (rep-w)"
-    )),
+    "repetition": Metric("share", False, "", _mean_of(_repetition, "words that are also among the 20 before them (rep-w)")),
     "likelihood": Metric("nats/token", True, "model", _by_model(mean_log_likelihood, "mean log p per token given the prefix")),
     "coherence": Metric("nats/token", True, "model", _by_model(coherence, "mean log p per token given bos + prefix")),
     "greedy_ratio": Metric("share", False, "model", _by_model(greedy_ratio, "tokens that were the first choice")),
     "self_bleu": Metric("share", False, "", _self_bleu),
     "distinct_2": Metric("share", True, "", _distinct_2),
-    "mattr": Metric("share", True, "", _mean_of(lambda job: [of.mattr(text) for text in job.texts], "types per word, windows of 100 words")),
+    "mattr": Metric("share", True, "", _mean_of(_mattr, "types per word, windows of 100 words")),
     "length": Metric("words", True, "", _mean_of(lambda job: [len(text.split()) for text in job.texts], "words per text")),
 }  # fmt: skip
 METRICS = tuple(_METRICS)
@@ -151,7 +160,8 @@ METRICS = tuple(_METRICS)
 
 def evaluate_generation(
     prefixes: Sequence[str], references: Sequence[str] | None, outputs: Mapping[str, Sequence[str]],
-    metrics: Sequence[str] = ("similarity", "overlap", "diversity", "repetition"), model: Model | None = None, encoder: Any = None, seed: int = 0,
+    metrics: Sequence[str] = ("similarity", "overlap", "diversity", "repetition"), model: Model | None = None, encoder: Any = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, Measured]]:  # fmt: skip
     """Measure continuations by several methods of the same prefixes.
 
@@ -171,7 +181,8 @@ def evaluate_generation(
         For each method and metric the figure, with one per text where there is one.
 
     Raises:
-        ValueError: for an unknown metric, numbers of texts that differ, a missing model or references, or too few texts for mauve or self_bleu.
+        ValueError: for an unknown metric, numbers of texts that differ, a missing model or references, or too few texts for mauve
+            or self_bleu.
     """
     for metric in metrics:
         if metric not in _METRICS:

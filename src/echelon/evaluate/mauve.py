@@ -83,9 +83,13 @@ def mauve_score(
     """
     if min(len(p), len(q)) < LEAST:
         raise ValueError(f"MAUVE of {len(p)} and {len(q)} texts; it needs at least {LEAST} a side ({ADVISED} are advised)")
-    for knob, given, legal in (("scaling", scaling, scaling > 0), ("explained", explained, 0 < explained <= 1), ("bootstrap", bootstrap, bootstrap >= 0)):
-        if not legal:
-            raise ValueError(f"{knob} is {given!r}; it must be {'in (0, 1]' if knob == 'explained' else 'positive'}")
+    for knob, given, fits, legal in (
+        ("scaling", scaling, scaling > 0, "above 0"),
+        ("explained", explained, 0 < explained <= 1, "in (0, 1]"),
+        ("bootstrap", bootstrap, bootstrap >= 0, "at least 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{knob} is {given!r}; it must be {legal}")
     if restarts < 1 or iterations < 1 or not seeds:
         raise ValueError(f"restarts, iterations and seeds are {restarts}, {iterations}, {seeds!r}; there must be at least one of each")
     count = max(2, round(min(len(p), len(q)) / 10)) if clusters is None else clusters
@@ -149,7 +153,8 @@ def reduce_features(features: Float[np.ndarray, "texts width"], explained: float
     rows = (features / np.where(length > 0, length, 1)).astype(np.float32)
     rows -= rows.mean(0)
     tall = len(rows) >= rows.shape[1]
-    variance, axes = scipy.linalg.eigh((rows.T @ rows if tall else rows @ rows.T).astype(np.float64), overwrite_a=True, check_finite=False, driver="evd")
+    square = (rows.T @ rows if tall else rows @ rows.T).astype(np.float64)
+    variance, axes = scipy.linalg.eigh(square, overwrite_a=True, check_finite=False, driver="evd")
     variance, axes = np.maximum(variance[::-1], 0), axes[:, ::-1]
     total = variance.sum()
     kept = int(np.searchsorted(np.cumsum(variance), explained * total * (1 - 1e-12))) + 1 if total > 0 else 1
@@ -212,7 +217,8 @@ def _features(p: Any, q: Any, featurizer: Any, name: str, max_tokens: int | None
     else:
         first, second = np.asarray(p), np.asarray(q)
         if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-            raise ValueError(f"p and q are texts or features of shapes {first.shape} and {second.shape}; these must be (texts, width), of one width")
+            shapes = f"{first.shape} and {second.shape}"
+            raise ValueError(f"p and q are features of shapes {shapes}; they must be texts, or (texts, width) of one width")
         found = f"given features ({first.shape[1]}-d)"
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("features of p or q hold NaN or infinity; they must be finite")

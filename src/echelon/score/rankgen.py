@@ -123,7 +123,9 @@ class RankGenEncoder(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.adapted:
+            self.backbone.peft_config["default"].base_model_name_or_path = self.source  # type: ignore[operator, index]
             self.backbone.save_pretrained(folder / "adapter")
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a template without content
         else:
             self.backbone.save_pretrained(folder / "backbone")
             self.tokenizer.save_pretrained(folder / "backbone")
