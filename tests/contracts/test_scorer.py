@@ -205,3 +205,18 @@ def test_scores_that_cannot_be_ranked_are_refused():
 def test_bad_settings_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_a_prefix_that_texts_share_is_forwarded_once_and_changes_no_score():
+    model, seen = lm(), []
+    items = [ScoreItem(prefix, text) for prefix in ("w1 w2 w3 " * 12, "w4 w5 " * 9, "w6") for text in ("w7", "w8 w9 w1", "w2 w3 w4 w5")]
+    handle = model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    try:
+        apart = torch.cat([LogLikelihood(model).score([item]) for item in items])
+        alone, seen[:] = sum(seen), []
+        together = LogLikelihood(model).score(items)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    assert alone == 3 * (36 + 18 + 1) + 3 * 8
+    assert sum(seen) == 35 + 17 + 3 * (3 * 5)  # two shared heads less their last token, then each text behind one token, padded

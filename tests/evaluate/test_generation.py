@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from echelon.evaluate import coherence, distinct_n, diversity, evaluate_generation, greedy_ratio, mattr, mean_log_likelihood, rep_w, self_bleu
 from echelon.evaluate.generation import METRICS
 from echelon.models import LoadedModel

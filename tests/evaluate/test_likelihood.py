@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from echelon.evaluate import coherence, greedy_ratio, mean_log_likelihood, perplexity, token_scores
 from echelon.models import LoadedModel
 

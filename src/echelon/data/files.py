@@ -12,12 +12,18 @@ from echelon.errors import UserError
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part.
 
+    A device or pipe (``/dev/stdout``) is written to as it stands: a rename would put a file in its place.
+
     Raises:
         UserError: if the folder cannot be written to or the disk is full; the old file stays.
     """
     path = Path(path)
     aside: str | None = None
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with open(path, "ab") as device:
+                device.write(content.encode() if isinstance(content, str) else content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with open(handle, "wb") as file:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.models import LoadedModel
+from echelon.models.batching import padded
 
 Model: TypeAlias = LoadedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Row = tuple[int, list[int], list[int], int]  # text, its encoder tokens, its (decoder) tokens, how many of the last ones count
@@ -243,11 +244,3 @@ def _logits(model: PreTrainedModel, batch: list[Row]) -> Float[torch.Tensor, "ro
         source, seen = padded([row[1] for row in batch], model.device)
         return model(input_ids=source, attention_mask=seen, decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=False).logits
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids filled up with zeros on the right, and the mask that hides these."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask

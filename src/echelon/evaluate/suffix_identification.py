@@ -95,7 +95,7 @@ class SuffixIdentification:
             name: [" ".join(sentence.split()) for sentence in split_sentences(text)] for name, text in read_documents(data).items()
         }
         lengths = {name: [len(sentence.split()) for sentence in sentences] for name, sentences in documents.items()}
-        total = sum(map(sum, lengths.values()))
+        total = max(1, sum(map(sum, lengths.values())))
         asked: list[Question] = []
         generator = np.random.default_rng(self.seed)
         for name, sentences in documents.items():

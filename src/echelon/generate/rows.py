@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from echelon.models.batching import cache_name
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -27,8 +29,7 @@ class Caller:
     def of(cls, model: PreTrainedModel, pad_id: int) -> "Caller":
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT takes **kwargs
         names = inspect.signature(inner.forward).parameters
-        cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
-        return cls(model, bool(model.config.is_encoder_decoder), "position_ids" in names, "logits_to_keep" in names, cache_name, pad_id)
+        return cls(model, bool(model.config.is_encoder_decoder), "position_ids" in names, "logits_to_keep" in names, cache_name(model), pad_id)
 
 
 @dataclass

@@ -17,7 +17,6 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
     TypicalLogitsWarper,
 )
 
@@ -75,7 +74,7 @@ class Sampler:
         if self.top_k:
             chosen.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            chosen.append(TopPLogitsWarper(self.top_p))
+            chosen.append(TopP(self.top_p))
         if self.min_p:
             chosen.append(MinPLogitsWarper(self.min_p))
         if self.typical_p < 1.0:
@@ -95,6 +94,24 @@ class Sampler:
         allowed = scores.isfinite()  # noise is only needed where a token can be drawn
         scores[allowed] -= noise[allowed].log().neg().log()
         return scores.argmax(-1).tolist()
+
+
+class TopP(LogitsProcessor):
+    """The smallest set of tokens that holds ``top_p`` of the probability; tokens as likely as the least of them stay too.
+
+    The same set as transformers' warper finds, without its two sorts with indices, which took more time than a small model.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        likely = scores.softmax(-1)
+        # On the CPU numpy sorts several times as fast as torch.
+        ordered = likely.sort(-1).values if likely.is_cuda else torch.from_numpy(np.sort(likely.numpy(), axis=-1))
+        ordered = ordered.flip(-1)
+        kept = (ordered.cumsum(-1) - ordered < self.top_p).sum(-1, keepdim=True)
+        return scores.masked_fill(likely < ordered.gather(-1, kept - 1), -math.inf)
 
 
 def uniform(stream: int, step: int, size: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Pre
 
 from echelon.generate.rows import Caller, RowBlock, gather
 from echelon.generate.sampling import Sampler, stream_of
+from echelon.models.batching import padded
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class DecodeSession:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model, self.tokenizer, self.sampler, self.seed = model, tokenizer, sampler, seed
-        self.processors: list[Callable[..., Any]] = [*sampler.penalties(), *processors, *sampler.warpers()]
+        self.processors: list[Callable[..., Any]] = [*sampler.penalties(), *processors]
+        self.warpers = sampler.warpers()
         self.stop, self.request_ids, self.on_event = list(stop), request_ids, on_event
         self.eos = frozenset(_ids(model.generation_config.eos_token_id) if eos_token_ids is None else eos_token_ids)
         self.max_rows, self.want_hidden = max_rows, want_hidden
@@ -184,9 +186,7 @@ class DecodeSession:
         self._logits = None
 
     def _run_encoder(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        width, device = max(map(len, prompts)), self.model.device
-        ids = torch.tensor([[*row, *[self.caller.pad_id] * (width - len(row))] for row in prompts], device=device)
-        seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=device)
+        ids, seen = padded(prompts, self.model.device, self.caller.pad_id)
         with torch.no_grad():
             return self.model.get_encoder()(input_ids=ids, attention_mask=seen).last_hidden_state, seen
 
@@ -228,20 +228,24 @@ class DecodeSession:
         return logits
 
     def processed_logits(self) -> Float[Tensor, "rows vocab"]:
-        """The next token's logits after penalties, processors and truncation."""
+        """The next token's logits after penalties, processors and truncation (a finished row's are raw)."""
         logits = self.next_logits()
-        if not self.processors:
+        live = [i for i, row in enumerate(self.items) if not row.finished]
+        if not live or not (self.processors or self.warpers):
             return logits
-        lengths = [len(row.ids) for row in self.items]
-        made = logits.clone()
-        for length in sorted({n for n, row in zip(lengths, self.items, strict=True) if not row.finished}):
-            index = [i for i, n in enumerate(lengths) if n == length and not self.items[i].finished]
-            ids = torch.tensor([self.items[i].ids for i in index], device=logits.device)
-            scores = logits[index]
-            for processor in self.processors:
-                scores = processor(ids, scores)
-            made[index] = scores
-        return made
+        scores = logits if len(live) == self.rows else logits[live]
+        if self.processors:  # they see a row's own ids, hence rows of one length at a time
+            scores, lengths = scores.clone(), [len(self.items[i].ids) for i in live]
+            for length in sorted(set(lengths)):
+                index = [k for k, n in enumerate(lengths) if n == length]
+                ids = torch.tensor([self.items[live[k]].ids for k in index], device=logits.device)
+                here = scores[index]
+                for processor in self.processors:
+                    here = processor(ids, here)
+                scores[index] = here
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        return scores if len(live) == self.rows else logits.index_copy(0, torch.tensor(live, device=logits.device), scores)
 
     def extend(self, n: int | Sequence[int]) -> list[list[int]]:
         """Let every unfinished row write ``n`` tokens (or its own number); returns each row's new ids."""

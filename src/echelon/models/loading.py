@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.errors import UserError
@@ -54,9 +55,11 @@ def load(name_or_path: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load model {path!r}: {first}; give a model folder, a hub id, or 'embedded'") from error
+    except RuntimeError as error:
+        raise UserError(f"cannot load model {path!r}: its weights do not fit its config.json") from error
     return LoadedModel(model.eval().to(device), tokenizer)
 
 

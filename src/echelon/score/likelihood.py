@@ -1,7 +1,7 @@
 """Likelihood under a language model, and the model's own opinion of a text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from echelon.models import LoadedModel, load
+from echelon.models.batching import cache_name, padded
 from echelon.registry import method
 from echelon.score.base import ScoreItem, Scorer, by_prefix
 
@@ -82,27 +83,48 @@ class LogLikelihood(Scorer):
         return ids
 
     def _sums(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, " pairs"]:
-        """Summed log-probability of each text, longest pairs together."""
-        model = self.loaded.model
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        """Summed log-probability of each text; a prefix that several texts share is forwarded once."""
+        limit = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        groups: dict[tuple[int, ...], list[int]] = {}
         # Too long a pair loses the beginning of its prefix, and only then the end of its text.
-        cut = [(head[-max(1, limit - len(text)) :], text[: limit - 1]) for head, text in pairs]
-        order = sorted(range(len(cut)), key=lambda i: -len(cut[i][0]) - len(cut[i][1]))
-        made = torch.zeros(len(cut), dtype=torch.float64)
+        texts = [text[: limit - 1] for _, text in pairs]
+        for i, (head, _) in enumerate(pairs):
+            groups.setdefault(tuple(head[-max(1, limit - len(texts[i])) :]), []).append(i)
+        made = torch.zeros(len(pairs), dtype=torch.float64)
+        alone = [(list(head), index[0]) for head, index in groups.items() if len(index) == 1]
+        for batch in self._batches(alone, [len(head) + len(texts[i]) for head, i in alone]):
+            made[[i for _, i in batch]] = self._forward([head for head, _ in batch], [texts[i] for _, i in batch])
+        for shared, index in groups.items():
+            if len(index) > 1:
+                for few in self._batches(index, [len(shared) + len(texts[i]) for i in index]):
+                    made[few] = self._forward([list(shared[-1:])] * len(few), [texts[i] for i in few], behind=shared[:-1])
+        return made
+
+    def _batches(self, items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
+        """Longest first, as many at a time as ``batch_tokens`` allows."""
+        order = sorted(range(len(items)), key=lambda k: -lengths[k])
         while order:
-            width = len(cut[order[0]][0]) + len(cut[order[0]][1])
-            size = max(1, self.batch_tokens // width)
-            index, order = order[:size], order[size:]
-            rows = [cut[i][0] + cut[i][1] for i in index]
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-            seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-            for k, i in enumerate(index):
-                head, text = cut[i]
-                if text:
-                    scores = logits[k, len(head) - 1 : len(head) - 1 + len(text)].float().log_softmax(-1)
-                    made[i] = scores.gather(1, torch.tensor(text, device=scores.device)[:, None]).sum().double()
+            size = max(1, self.batch_tokens // max(1, lengths[order[0]]))
+            yield [items[k] for k in order[:size]]
+            order = order[size:]
+
+    @torch.inference_mode()
+    def _forward(self, heads: list[list[int]], texts: list[list[int]], behind: Sequence[int] = ()) -> Float[Tensor, " texts"]:
+        """Log-probability of each text behind its head; ``behind`` stands before all heads."""
+        model = self.loaded.model
+        ids, seen = padded([head + text for head, text in zip(heads, texts, strict=True)], model.device)
+        arguments: dict[str, Any] = {"use_cache": False}
+        if behind:
+            cache = model(input_ids=torch.tensor([list(behind)], device=model.device), use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(texts))
+            seen = torch.cat([seen.new_ones(len(texts), len(behind)), seen], dim=1)
+            arguments = {cache_name(model): cache, "use_cache": True}
+        logits = model(input_ids=ids, attention_mask=seen, **arguments).logits
+        made = torch.zeros(len(texts), dtype=torch.float64)
+        for k, (head, text) in enumerate(zip(heads, texts, strict=True)):
+            if text:
+                scores = logits[k, len(head) - 1 : len(head) - 1 + len(text)].float()
+                made[k] = -torch.nn.functional.cross_entropy(scores, torch.tensor(text, device=scores.device), reduction="sum").double()
         return made
 
 

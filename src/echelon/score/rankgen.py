@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from echelon.data.files import read_text, write_whole
 from echelon.errors import UserError
 from echelon.models import embedded_dir, embedded_encoder_dir
+from echelon.models.batching import padded
 from echelon.registry import method
 from echelon.score.base import ScoreItem, Scorer
 
@@ -58,7 +60,7 @@ class RankGenEncoder(nn.Module):
         self.pooling, self.keep_prefix = pooling, keep_prefix
         self.max_length: dict[Side, int] = {"prefix": prefix_max_length, "suffix": suffix_max_length}
         width = backbone.config.hidden_size
-        self.projection = nn.Linear(width, width, bias=False)
+        self.projection = nn.utils.skip_init(nn.Linear, width, width, bias=False)  # its own draw would use the global random state
         with torch.no_grad():
             self.projection.weight.copy_(torch.eye(width))  # so that an untrained one is plain pooling
 
@@ -82,9 +84,9 @@ class RankGenEncoder(nn.Module):
             UserError: if it is neither, or incomplete.
         """
         folder = embedded_dir() / "rankgen" if str(path) == "embedded" else Path(path)
-        if not (folder / FILE).is_file():
-            return cls._from_published(folder).eval().to(device)
         try:
+            if not (folder / FILE).is_file():
+                return cls._from_published(folder).eval().to(device)
             told = json.loads(read_text(folder / FILE))
             source = str(folder / "backbone") if told["source"] == "" else told.pop("source")
             told.pop("source", None)
@@ -95,8 +97,10 @@ class RankGenEncoder(nn.Module):
                 backbone = PeftModel.from_pretrained(backbone, str(folder / "adapter"))  # type: ignore[assignment]
             made = cls(backbone, tokenizer, source=source, **told)
             made.projection.load_state_dict(load_file(folder / "projection.safetensors"))
-        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
-            raise UserError(f"cannot load RankGen {str(path)!r}: {str(error).splitlines()[0]}") from error
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"cannot load RankGen {str(path)!r}: {' '.join(str(error).split())}") from error
         return made.eval().to(device)
 
     @classmethod
@@ -108,10 +112,12 @@ class RankGenEncoder(nn.Module):
         tensors = load_file(folder / "model.safetensors")
         if "projection.weight" not in tensors or not any(name.startswith("t5_encoder.") for name in tensors):
             raise UserError(f"cannot load RankGen {str(folder)!r}: model.safetensors has no t5_encoder.* and projection.weight")
-        backbone = T5EncoderModel(T5Config.from_pretrained(folder))
+        with torch.random.fork_rng():
+            backbone = T5EncoderModel(T5Config.from_pretrained(folder))
         missing, unknown = backbone.load_state_dict({k.removeprefix("t5_encoder."): v for k, v in tensors.items() if k != "projection.weight"}, strict=False)
-        if unknown or set(missing) - {"encoder.embed_tokens.weight", "shared.weight"} or len(missing) > 1:
-            raise UserError(f"cannot load RankGen {str(folder)!r}: its weights do not fit ({[*missing, *unknown][0]})")
+        wrong = [*unknown, *(name for name in missing if name not in ("encoder.embed_tokens.weight", "shared.weight"))]
+        if wrong or len(missing) > 1:  # of the two names of the embedding, one is enough
+            raise UserError(f"cannot load RankGen {str(folder)!r}: its weights do not fit ({[*wrong, *missing][0]})")
         if "shared.weight" in missing:
             backbone.set_input_embeddings(backbone.encoder.embed_tokens)
         made = cls(backbone, AutoTokenizer.from_pretrained(folder))
@@ -150,10 +156,7 @@ class RankGenEncoder(nn.Module):
 
     def forward(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "rows width"]:
         """Vectors of tokenised texts, padded on the right."""
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=self.device)
-        seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
+        ids, seen = padded(rows, self.device, self.tokenizer.pad_token_id or 0)
         hidden = self.backbone(input_ids=ids, attention_mask=seen).last_hidden_state
         if self.pooling == "mean":
             pooled = (hidden * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
@@ -176,7 +179,10 @@ class RankGenEncoder(nn.Module):
 
 @lru_cache(maxsize=2)
 def _loaded(path: str) -> RankGenEncoder:
-    return RankGenEncoder.from_pretrained(path)
+    made = RankGenEncoder.from_pretrained(path)
+    if made.adapted:  # who only scores need not pay for the adapter in every layer
+        made.backbone, made.adapted = made.backbone.merge_and_unload(), False  # type: ignore[operator]
+    return made
 
 
 def load_backbone(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -191,8 +197,10 @@ def load_backbone(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         extra = {"add_pooling_layer": False} if kind in ("bert", "roberta") else {}
         backbone = T5EncoderModel.from_pretrained(path) if kind == "t5" else AutoModel.from_pretrained(path, dtype=torch.float32, **extra)
         return backbone, AutoTokenizer.from_pretrained(path, padding_side="right")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load encoder {source!r}: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:
+        raise UserError(f"cannot load encoder {source!r}: its weights do not fit its config.json") from error
 
 
 @method(

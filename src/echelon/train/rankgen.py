@@ -160,7 +160,8 @@ class RankGenTrainer:
         """
         out, tell = Path(out), on_step or (lambda _: None)
         told = json.dumps({"model": model, "data": str(data), "seed": seed, **dataclasses.asdict(self), "save_every": None}, sort_keys=True)
-        if (out / "run.json").is_file() and json.loads(read_text(out / "run.json")) != json.loads(told):
+        begun = any((out / name).is_file() for name in ("rows.jsonl", "log.jsonl", "result.json"))  # a typing error leaves none of them
+        if begun and (out / "run.json").is_file() and json.loads(read_text(out / "run.json")) != json.loads(told):
             raise UserError(f"{out} holds a run with other knobs or data; choose another --out, or remove it")
         write_whole(out / "run.json", told)
         if (out / "result.json").is_file():
