@@ -118,7 +118,7 @@ def main() -> None:
         ("greedy", Greedy(), {"do_sample": False}),
         ("nucleus 0.9", Nucleus(top_p=0.9), {"do_sample": True, "top_p": 0.9, "top_k": 0}),
     ):
-        for batch, length, tokens in ((8, 64, 128), (1, 64, 128), (32, 64, 128)):
+        for batch, length, tokens in ((8, 64, 128), (32, 64, 128)):
             rows = prompts(loaded, batch, length)
             made = in_turn(
                 {"theirs": lambda r=rows, t=tokens, s=sampling: of_transformers(loaded, r, t, **s),
@@ -130,7 +130,7 @@ def main() -> None:
     lines += ["", "| segment beam: prompt | re-prefilling | cache kept | tokens/s ratio (want at least 2 at 256) | same tokens | prefixes / suffixes encoded |"]
     lines += ["|---|---|---|---|---|---|"]
     limit = loaded.model.config.max_position_embeddings
-    for length in (64, 128, 256, 384):
+    for length in (64, 256):
         prompt, tokens = prompts(loaded, 1, length)[0], min(115, limit - length)
         runs = {"without": [], "with": []}  # type: ignore[var-annotated]
         for number in range(args.repeats + 1):

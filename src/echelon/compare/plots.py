@@ -10,8 +10,8 @@ from echelon.compare.table import heading, ranked
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 FRONT, OTHER, BASELINE = "#0072B2", "#999999", "#D55E00"
 STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:currentColor}.small{font-size:11px;opacity:.75}.axis{stroke:currentColor;opacity:.45}"
-    ".grid{stroke:currentColor;opacity:.12}"
+    "svg text{font:13px system-ui,sans-serif;fill:currentColor}.small{font-size:11px;opacity:.75}.axis{stroke:currentColor;opacity:.45}"
+    ".gridline{stroke:currentColor;opacity:.12}"
 )
 
 
@@ -36,11 +36,11 @@ def quality_cost(summary: Summary, metric: str, cost: str) -> str:
     front = summary.pareto(metric, cost) if summary.metrics[metric].higher_is_better is not None else []
     parts = []
     for tick in _ticks(y_low, y_high):
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<line class="gridline" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="small" text-anchor="end" x="{left - 8}" y="{y(tick) + 4:.1f}">{tick:g}</text>')
     for tick in _log_ticks(x_low, x_high) if log else _ticks(x_low, x_high):
         at = math.log10(tick) if log else tick
-        parts.append(f'<line class="grid" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(f'<line class="gridline" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{top}" y2="{height - bottom}"/>')
         parts.append(f'<text class="small" text-anchor="middle" x="{x(at):.1f}" y="{height - bottom + 18}">{tick:g}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
     parts.append(f'<line class="axis" x1="{left}" x2="{left}" y1="{top}" y2="{height - bottom}"/>')
@@ -84,7 +84,7 @@ def bars(summary: Summary, metric: str) -> str:
     parts = [f'<text x="0" y="15" font-weight="600">{html.escape(heading(metric))}{arrow}</text>']
     parts += [f'<text class="small" text-anchor="end" x="{width}" y="15">{html.escape(held.unit)}</text>']
     for tick in _ticks(low, high, 4):
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top - 6}" y2="{height - 22}"/>')
+        parts.append(f'<line class="gridline" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top - 6}" y2="{height - 22}"/>')
         parts.append(f'<text class="small" text-anchor="middle" x="{x(tick):.1f}" y="{height - 6}">{tick:g}</text>')
     for number, row in enumerate(rows):
         middle = top + step * number + step / 2
@@ -159,7 +159,7 @@ def lines(curves: dict[str, list[list[float]]], title: str) -> str:
     parts = [f'<text x="0" y="14" font-weight="600">{html.escape(title)}</text>']
     for tick in _ticks(y_low, y_high):
         y = height - bottom - (tick - y_low) / (y_high - y_low) * (height - top - bottom)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="gridline" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="small" text-anchor="end" x="{left - 8}" y="{y + 4:.1f}">{tick:g}</text>')
     ends: dict[str, tuple[float, float]] = {}
     for number, (label, curve) in enumerate(curves.items()):

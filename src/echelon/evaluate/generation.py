@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from echelon.evaluate import text as of
+from echelon.evaluate.features import encoder_name, featurize
 from echelon.evaluate.likelihood import Model, coherence, greedy_ratio, mean_log_likelihood, model_name
 from echelon.evaluate.mauve import mauve_score
 from echelon.models import load_encoder
@@ -90,8 +91,6 @@ def _by_model(score: Callable[..., PerText], note: str) -> Callable[[Texts], Res
 
 
 def _similarity(job: Texts) -> Result:
-    from echelon.evaluate.features import encoder_name
-
     ours, theirs = _embed(job.encoder, job.texts), job.reference_embeddings()
     per_text = (ours * theirs).sum(1)
     return float(per_text.mean()), per_text, f"cosine of continuation and human reference, by {encoder_name(job.encoder)}"
@@ -100,7 +99,9 @@ def _similarity(job: Texts) -> Result:
 def _mauve(job: Texts) -> Result:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = mauve_score(*job.behind_prefixes, featurizer=job.encoder)
+        human, ours = job.behind_prefixes
+        theirs, name = _human_features(job.encoder, tuple(human))
+        found = mauve_score(theirs, featurize(ours, job.encoder)[0], name=name)
     few = "; few texts, so noisy and biased" if any("MAUVE" in str(warning.message) for warning in caught) else ""
     return found.value, None, (
         f"featurizer {found.featurizer}, prefix + continuation, {found.p_count} texts, {found.clusters} clusters, "
@@ -198,7 +199,7 @@ def evaluate_generation(
     if encoder is None and {"similarity", "mauve"} & set(metrics):
         encoder = _default_encoder()
     human = list(references or ())
-    embeddings = functools.cache(lambda: _embed(encoder, human))
+    embeddings = functools.partial(_human_embeddings, encoder, tuple(human))
     measured: dict[str, dict[str, Measured]] = {}
     for name, texts in outputs.items():
         job = Texts(list(prefixes), human, list(texts), model, encoder, embeddings, seed)
@@ -214,6 +215,16 @@ def evaluate_generation(
 @functools.cache
 def _default_encoder() -> Any:
     return load_encoder("embedded")
+
+
+@functools.lru_cache(maxsize=1)  # a comparison asks again for every method
+def _human_embeddings(encoder: Any, texts: tuple[str, ...]) -> Float[np.ndarray, "texts width"]:
+    return _embed(encoder, list(texts))
+
+
+@functools.lru_cache(maxsize=1)
+def _human_features(encoder: Any, texts: tuple[str, ...]) -> tuple[Float[np.ndarray, "texts width"], str]:
+    return featurize(texts, encoder)
 
 
 def _embed(encoder: Any, texts: list[str]) -> Float[np.ndarray, "texts width"]:
