@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from echelon import hooks
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "methods"]
 
@@ -14,3 +16,6 @@ def __getattr__(name: str) -> Any:
         module, attribute = _LAZY[name]
         return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'echelon' has no attribute {name!r}")
+
+
+hooks.install()

@@ -1,12 +1,14 @@
 """The command line: one module a verb, imported only when it is asked for."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from echelon import __version__
+from echelon.cli.arguments import OneLineParser
 from echelon.errors import UserError
 from echelon.registry import suggest
 
@@ -15,6 +17,7 @@ VERBS = {
     "compare": "run a bake-off and write its report",
     "generate": "continue a prompt with any decoder",
     "train": "train a ranker on your corpus",
+    "compress": "make a model smaller",
     "evaluate": "run a benchmark, or score texts that you have",
 }
 
@@ -26,25 +29,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # a full disk or a closed pipe is met here, not when Python ends
+        return status
     except KeyboardInterrupt:
         if debug:
             raise
         print("echelon: interrupted; what was finished is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 0
     except (ValueError, OSError) as error:
         if debug:
             raise
         print(f"echelon: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _forget_stdout()
         return 2
+
+
+def _forget_stdout() -> None:
+    """What could not be written must not be tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
     width = max(map(len, VERBS))
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="echelon",
         description="Low-rank and ranking methods for language models, compared on your model under one budget.",
         epilog="verbs:\n" + "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items())
@@ -54,7 +67,10 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"echelon {__version__}")
     parser.add_argument("verb", metavar="VERB", nargs="?", help=argparse.SUPPRESS)
     head, rest = arguments[:1], arguments[1:]
-    verb = parser.parse_args(head).verb
+    try:
+        verb = parser.parse_args(head).verb
+    except SystemExit as leaving:  # --help and --version
+        return int(leaving.code or 0)
     if verb is None:
         parser.print_help()
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echelon.cli.options import parse
-from echelon.cli.progress import progress
+from echelon.cli.progress import progress, quiet_libraries
 from echelon.errors import UserError
 
 
@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from echelon.compare import load_recipe
 
+    quiet_libraries()
     recipe = load_recipe(words[0] if words else "quick")
     if options.in_process:
         recipe = dataclasses.replace(recipe, isolation="none")
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
             results = compare(recipe, out, show)
     except KeyboardInterrupt:
         print(f"echelon: stopped; finished runs are in {out}, and the same command goes on from there", file=sys.stderr)
-        raise
+        return 130
     summary = summary_of(out, recipe, results)
     advice = recommend(summary, options.pick or summary.primary, options.limit)
     write_report(summary, advice, out)
@@ -83,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
         for result in results:
             print(json.dumps(result, sort_keys=True))
     else:
-        Console().print(terminal(summary))
+        Console(width=None if sys.stdout.isatty() else 160).print(terminal(summary))
         print(advice.text)
         print(f"\nreport: {out / 'report.html'}", file=sys.stderr)
     if options.against:

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from echelon import registry
 from echelon.cli.arguments import OneLineParser
+from echelon.cli.progress import quiet_libraries
 from echelon.errors import UserError
 
 
@@ -53,6 +54,7 @@ def parse(
     parser.add_class_arguments(options, as_group=False)
     cls = registry.get(picked, kind) if picked else None
     if cls is not None:
+        quiet_libraries()
         parser.add_class_arguments(cls, "method_knobs", fail_untyped=False)
         rest = ["--method_knobs" + word[len("--method") :] if word.startswith("--method.") else word for word in rest]
     rest = _spelled_out(rest, parser)

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from echelon.errors import UserError
@@ -38,6 +40,41 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
                 os.unlink(aside)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+@contextlib.contextmanager
+def folder_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to write to, which takes this one's name, and the place of what was there, when the block ends well; else it goes.
+
+    Raises:
+        UserError: if it cannot be written to, or the name is a file's.
+    """
+    folder = Path(folder).absolute()
+    aside: Path | None = None
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; give a folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        os.chmod(aside, 0o755)
+        if folder.exists():
+            old = aside.with_name(aside.name + ".old")
+            os.replace(folder, old)
+            os.replace(aside, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, folder)
+    except BaseException as error:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         raise
 
 

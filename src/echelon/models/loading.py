@@ -1,6 +1,7 @@
 """A model and its tokenizer from a folder, a hub id, or the name ``embedded``."""
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,7 +29,7 @@ def embedded_dir() -> Path:
 
 
 def load(name_or_path: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a causal or an encoder-decoder language model.
+    """Load a causal or an encoder-decoder language model, or a click model with what made its ids in the tokenizer's place.
 
     Args:
         name_or_path: a folder, a hub id, or ``embedded`` for the small model that ships with the package (in float32, because
@@ -50,6 +51,11 @@ def load(name_or_path: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
         dtype = torch.float32 if dtype == "auto" else dtype
     elif Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"cannot load model {path!r}: the folder has no config.json")
+    if is_ctr(path):
+        from echelon.models.ctr import load_ctr
+
+        clicks, schema = load_ctr(path)
+        return LoadedModel((clicks if dtype == "auto" else clicks.to(dtype)).to(device), schema)  # type: ignore[arg-type]
     try:
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -61,6 +67,15 @@ def load(name_or_path: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
     except RuntimeError as error:
         raise UserError(f"cannot load model {path!r}: its weights do not fit its config.json") from error
     return LoadedModel(model.eval().to(device), tokenizer)
+
+
+def is_ctr(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a click model (see :mod:`echelon.models.ctr`)."""
+    file = Path(path) / "config.json"
+    try:
+        return file.is_file() and str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")).startswith("ctr_")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def embedded_encoder_dir() -> Path:

@@ -1,0 +1,16 @@
+"""One pass over data: what the inputs of a model's layers look like, layer by layer."""
+
+import importlib
+from typing import Any
+
+_LAZY = {
+    "Moments": "moments", "Statistics": "statistics", "collect": "statistics", "InputObserver": "observing",
+    "Calibration": "tokens", "calibration_batches": "tokens", "Block": "walker", "LayerWalker": "walker", "blocks": "walker", "StoredStates": "stored",
+}  # fmt: skip
+__all__ = sorted(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"echelon.calibrate.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'echelon.calibrate' has no attribute {name!r}")
