@@ -15,6 +15,10 @@ class FakeTask:
     unit = "item"
     cost_axis = "seconds_per_item"
     primary = "score"
+    reference = ""
+
+    def command(self, recipe, method, knobs):
+        return ["fake", method]
 
     def check(self, recipe):
         pass

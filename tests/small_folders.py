@@ -23,14 +23,14 @@ def tokenizer(*, bare=False, ending=False):
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special)
 
 
-def language_model(folder, *, bare=False, positions=96):
+def language_model(folder, *, bare=False, positions=96, width=16):
     """A random Llama whose texts are words and full stops."""
     special = BARE if bare else {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     with torch.random.fork_rng():
         torch.manual_seed(3)
         made = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+                vocab_size=len(WORDS), hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=3 * width // 2,
                 max_position_embeddings=positions, **special,
             )
         )  # fmt: skip

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 
 from echelon.compare.summary import Row, Summary
+from echelon.compare.task import load_task
 from echelon.errors import UserError
 from echelon.registry import suggest
 
@@ -58,7 +59,8 @@ def recommend(summary: Summary, metric: str, limits: str = "") -> Recommendation
         raise UserError(f"metric {metric!r}{suggest(metric, directed)} cannot be ranked by; metrics with a direction are {', '.join(directed)}")
     costs = sorted({name for row in summary.finished for name in row.cost})
     bounds = parse_limits(limits, costs)
-    allowed = [row for row in summary.finished if metric in row.values and all(_within(summary, row, bound) for bound in bounds)]
+    candidates = [row for row in summary.finished if metric in row.values and row.method != summary.reference]
+    allowed = [row for row in candidates if all(_within(summary, row, bound) for bound in bounds)]
     under = f"Under {limits}" if limits else f"With {_budget(summary)}"
     if not allowed:
         return Recommendation(f"{under}, no method is left.", None, None)
@@ -85,7 +87,7 @@ def recommend(summary: Summary, metric: str, limits: str = "") -> Recommendation
             text.append(f"Second is {second.label}, behind by {abs(gap.value):.3f} [{_range(gap.low, gap.high)}], p {_p(gap.p_holm)}")
     if metric in summary.metrics and value.n == 1:
         text.append(f"{metric} is one number for all texts, so differences in it are not tested")
-    dominated = [row.label for row in summary.finished if row.label not in summary.pareto(metric, axis) and row not in tied]
+    dominated = [row.label for row in summary.finished if row.label not in summary.pareto(metric, axis) and row not in tied and row.method != summary.reference]
     if dominated:
         text.append(f"Dominated in {metric} and {axis}: {', '.join(dominated)}")
     if summary.failed:
@@ -95,13 +97,10 @@ def recommend(summary: Summary, metric: str, limits: str = "") -> Recommendation
     return Recommendation(". ".join(text) + ".", chosen.label, command(summary, chosen))
 
 
-def command(summary: Summary, row: Row) -> str:
-    """The command line that uses this method."""
-    words = ["echelon", "generate", "--model", str(summary.recipe["model"]), "--method", row.method]
-    for name, value in row.knobs.items():
-        words += [f"--method.{name}", str(value)]
-    tokens = summary.recipe.get("budget", {}).get("max_new_tokens")
-    return shlex.join([*words, *(["--max_new_tokens", str(tokens)] if tokens else []), "PROMPT"])
+def command(summary: Summary, row: Row) -> str | None:
+    """The command line that uses this method, as its task gives it."""
+    words = load_task(summary.recipe["task"]).command(summary.recipe, row.method, row.knobs)
+    return shlex.join(["echelon", *words]) if words else None
 
 
 def _within(summary: Summary, row: Row, bound: Limit) -> bool:

@@ -21,7 +21,7 @@ def summary_of(out: Path, recipe: Recipe, results: Sequence[dict[str, Any]]) -> 
     """The summary of a comparison that lies in ``out``."""
     task = load_task(recipe.task)
     timing = json.loads(read_text(out / "timing.json")) if (out / "timing.json").is_file() else None
-    summary = summarise(results, lambda result, metric: per_unit(out, result, metric), recipe, timing=timing)
+    summary = summarise(results, lambda result, metric: per_unit(out, result, metric), recipe, timing=timing, reference=task.reference)
     summary.unit, summary.cost_axis = task.unit, task.cost_axis
     if not any(summary.metrics[name].higher_is_better is not None for name in (summary.primary,) if name in summary.metrics):
         summary.primary = task.primary
@@ -35,8 +35,9 @@ def summary_of(out: Path, recipe: Recipe, results: Sequence[dict[str, Any]]) -> 
 
 
 def summarise(
-    results: Sequence[dict[str, Any]], values: Values, recipe: Recipe, *, timing: dict[str, Any] | None = None, draws: int = DRAWS, seed: int = 0
-) -> Summary:
+    results: Sequence[dict[str, Any]], values: Values, recipe: Recipe, *, timing: dict[str, Any] | None = None, draws: int = DRAWS, seed: int = 0,
+    reference: str = "",
+) -> Summary:  # fmt: skip
     """Estimates of every method, and differences to the baseline and to the best.
 
     Units are drawn with replacement, the same ones for all methods, with seeds drawn inside; with one seed an interval covers units only.
@@ -48,6 +49,7 @@ def summarise(
         timing: seconds by label and round, whose median replaces the ``seconds_per_*`` cost.
         draws: bootstrap and sign-flip draws.
         seed: of both.
+        reference: method that is no candidate for the best.
     """
     metrics: dict[str, Metric] = {}
     for result in results:
@@ -75,6 +77,7 @@ def summarise(
         rows, metrics, directed[0] if directed else next(iter(metrics), ""), baseline, "wall_s", "unit",
         next((result["identity"].get("scale", "") for result in results if result["identity"].get("scale")), ""),
         next((result["budget"] for result in results if result["budget"]), {}), dict(results[0]["identity"]) if results else {}, recipe.to_dict(),
+        reference=reference,
     )  # fmt: skip
     for name in metrics:
         _measure(summary, name, runs, values, recipe.equivalence, np.random.default_rng(seed), draws)
@@ -101,23 +104,23 @@ def _measure(
     for label, array in held.items():
         low, high = np.quantile(draw[label], [0.025, 0.975])
         summary.row(label).values[name] = Estimate(float(array.mean()), float(low), float(high), array.shape[1], array.shape[0])
-    higher = summary.metrics[name].higher_is_better
-    best = summary.best(name)
+    higher, best = summary.metrics[name].higher_is_better, summary.best(name)
     for label in held:
         row = summary.row(label)
         if summary.baseline in held and label != summary.baseline:
             row.versus_baseline[name] = _difference(held, draw, label, summary.baseline, generator)
-        if best is not None and best.label in held:
+        if best is not None and best.label in held and row.method != summary.reference:
             if label != best.label:
                 row.versus_best[name] = difference = _difference(held, draw, label, best.label, generator)
                 near = max(abs(difference.low), abs(difference.high)) <= equivalence * abs(best.values[name].mean)
                 row.tied_with_best[name] = near or difference.low <= 0 <= difference.high
             else:
                 row.tied_with_best[name] = True
-    if higher is not None:
-        stacked = np.stack([draw[label] for label in held])
+    if best is not None:
+        candidates = [label for label in held if summary.row(label).method != summary.reference]
+        stacked = np.stack([draw[label] for label in candidates])
         winners = (stacked if higher else -stacked).argmax(0)
-        for place, label in enumerate(held):
+        for place, label in enumerate(candidates):
             summary.row(label).first_share[name] = float((winners == place).mean())
 
 

@@ -69,6 +69,7 @@ class Summary:
         recipe: the recipe itself.
         texts: by unit: ``prompt``, ``reference``, and ``texts`` by label, of the first seed.
         curves: by label: named lists of points.
+        reference: method that is shown but is no candidate.
     """
 
     rows: list[Row]
@@ -83,6 +84,7 @@ class Summary:
     recipe: dict[str, Any]
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    reference: str = ""
 
     @property
     def finished(self) -> list[Row]:
@@ -96,9 +98,9 @@ class Summary:
         return next(row for row in self.rows if row.label == label)
 
     def best(self, metric: str, rows: list[Row] | None = None) -> Row | None:
-        """The finished row with the best mean; None for a metric without direction."""
+        """The finished row with the best mean, the reference aside; None for a metric without direction."""
         higher = self.metrics[metric].higher_is_better
-        held = [row for row in (self.finished if rows is None else rows) if metric in row.values]
+        held = [row for row in (self.finished if rows is None else rows) if metric in row.values and row.method != self.reference]
         if higher is None or not held:
             return None
         return (max if higher else min)(held, key=lambda row: row.values[metric].mean)
@@ -106,7 +108,7 @@ class Summary:
     def pareto(self, metric: str, cost: str) -> list[str]:
         """Labels that no other method beats in metric and cost at once, cheapest first."""
         sign = -1 if self.metrics[metric].higher_is_better is False else 1
-        held = [row for row in self.finished if metric in row.values and cost in row.cost]
+        held = [row for row in self.finished if metric in row.values and cost in row.cost and row.method != self.reference]
         front: list[Row] = []
         for row in sorted(held, key=lambda row: (row.cost[cost], -sign * row.values[metric].mean)):
             if not front or sign * row.values[metric].mean > sign * front[-1].values[metric].mean:

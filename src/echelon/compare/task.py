@@ -49,12 +49,14 @@ class Task(Protocol):
         unit: what is paired in the statistics, as one word.
         cost_axis: name of the cost on the plot.
         primary: metric that the recommendation is about when the recipe names none.
+        reference: method that is shown beside the others and never recommended; empty for none.
     """
 
     kind: str
     unit: str
     cost_axis: str
     primary: str
+    reference: str
 
     def check(self, recipe: Any) -> None:
         """Raise a ``ValueError`` for anything in the recipe that could not run."""
@@ -70,6 +72,9 @@ class Task(Protocol):
 
     def timing(self, context: Any, entry: Any) -> float:
         """Seconds a unit of a short piece of the work, to be measured again in turn with the other methods."""
+
+    def command(self, recipe: dict[str, Any], method: str, knobs: dict[str, Any]) -> list[str]:
+        """The words behind ``echelon`` that use a method as it was compared; none where there is nothing to run."""
 
     def describe(self, context: Any) -> str:
         """The scale of the comparison, for the report's title."""

@@ -58,6 +58,7 @@ class Task:
     budget_unit = "new tokens per prompt"
     cost_axis = "seconds_per_prompt"
     primary = "similarity"
+    reference = ""
 
     def check(self, recipe: Any) -> None:
         data = {**DATA, **recipe.data}
@@ -88,6 +89,11 @@ class Task:
             f"{context.loaded.model.num_parameters() / 1e6:.1f} M parameters, {len(context.texts.prompts)} prompts, "
             f"up to {context.max_new_tokens} new tokens"
         )
+
+    def command(self, recipe: dict[str, Any], method: str, knobs: dict[str, Any]) -> list[str]:
+        told = [word for name, value in knobs.items() for word in (f"--method.{name}", str(value))]
+        tokens = recipe.get("budget", {}).get("max_new_tokens")
+        return ["generate", "--model", str(recipe["model"]), "--method", method, *told, *(["--max_new_tokens", str(tokens)] if tokens else []), "PROMPT"]
 
     def prepare(self, recipe: Any) -> Context:
         data, budget = {**DATA, **recipe.data}, recipe.budget.get("max_new_tokens", 64)
