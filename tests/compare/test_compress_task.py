@@ -11,6 +11,7 @@ from echelon.compare import compare, load_recipe, recommend
 from echelon.compare.results import per_unit
 from echelon.compare.statistics import summary_of
 from echelon.compress import SVD
+from echelon.data.files import read_texts
 from echelon.errors import UserError
 from echelon.models import load
 
@@ -25,7 +26,10 @@ def told(tmp_path_factory):
     return {
         "task": "compress", "model": str(folder / "lm"), "isolation": "none", "timing_rounds": 1, "baseline": "svd",
         "data": {name: str(folder / f"{name}.jsonl") for name in ("calibration", "test")}, "budget": {"parameters": [0.8, 0.9]},
-        "methods": [{"name": "dense"}, {"name": "svd", "knobs": {"round_to": 1}}, {"name": "svd", "knobs": {"round_to": 1, "whiten": True}, "label": "whitened"}],
+        "methods": [
+            {"name": "dense"}, {"name": "svd", "knobs": {"round_to": 1}},
+            {"name": "svd", "knobs": {"round_to": 1, "whiten": True}, "label": "whitened"},
+        ],
     }  # fmt: skip
 
 
@@ -44,8 +48,8 @@ def test_the_loss_is_that_of_the_model_of_this_size(told, done):
     SVD(round_to=1).compress(loaded, parameters=0.8)
     assert abs(loaded.model.num_parameters() / whole - 0.8) <= 0.005 * 0.8
     total, count = 0.0, 0
-    for line in open(told["data"]["test"]):
-        ids = loaded.tokenizer(json.loads(line)["text"], return_tensors="pt", add_special_tokens=False).input_ids
+    for text in read_texts(told["data"]["test"]):
+        ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         head = torch.tensor([[loaded.tokenizer.bos_token_id]])
         with torch.no_grad():
             logits = loaded.model(torch.cat([head, ids], 1)).logits[0, :-1].log_softmax(-1)

@@ -39,7 +39,8 @@ def textbook(weight, spread, bits, damp):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_is_optimal_brain_quantisation_in_fixed_order(bits):
     weight, spread, _ = problem(seed=bits)
-    torch.testing.assert_close(gptq(weight, spread, Grid(bits), damp=0.02).dequantize(torch.float64), textbook(weight, spread, bits, 0.02), rtol=1e-6, atol=1e-6)
+    found = gptq(weight, spread, Grid(bits), damp=0.02).dequantize(torch.float64)
+    torch.testing.assert_close(found, textbook(weight, spread, bits, 0.02), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -25,6 +25,8 @@ class Options:
         bytes: the same for the stored bytes.
         eval: text to measure perplexity on, before and after; for a click model a log to measure AUC and logloss on, without which --data is taken.
         statistics: file of the calibration's statistics: read if it is there, written from --data if not; several methods can share it.
+        stream: read, compress and write one block at a time, for models that do not fit into memory; killed, the same command goes on.
+        work: with --stream, folder of what is half done, on the disk of --out; by default a hidden one beside it.
         recover_steps: afterwards, fine-tune for so many steps on --data what the method leaves trainable (for welore its low-rank layers).
         recover_lr: learning rate of that.
         seed: of everything drawn at random.
@@ -38,6 +40,8 @@ class Options:
     bytes: float | None = None
     eval: str | None = None
     statistics: str | None = None
+    stream: bool = False
+    work: str | None = None
     recover_steps: int = 0
     recover_lr: float = 5e-5
     seed: int = 0
@@ -83,6 +87,10 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--recover_steps is {options.recover_steps} and --recover_lr {options.recover_lr}; they must be at least 0 and above 0")
     if options.recover_steps and options.data is None:
         raise UserError("--data is missing; --recover_steps needs text to fine-tune on")
+    if options.stream:
+        return _stream(options, compressor)
+    if options.work is not None:
+        raise UserError("--work is for --stream")
     from echelon.compress.export import refuse_other
     from echelon.data.rankgen_pairs import read_documents
     from echelon.models import load
@@ -135,6 +143,23 @@ def run(arguments: Sequence[str]) -> int:
                 made.report.perplexity_after = evaluate(made.model)  # type: ignore[assignment]
         made.save(options.out, tokenizer)
     print(json.dumps({"out": options.out, **made.report.to_dict()}, indent=2) if options.json else f"{options.out}: {made.report.summary()}")
+    return 0
+
+
+def _stream(options: Options, compressor: Any) -> int:
+    """The verb with --stream."""
+    for name, given in (("eval", options.eval), ("statistics", options.statistics), ("recover_steps", options.recover_steps)):
+        if given:
+            raise UserError(f"--{name} does not go with --stream: it needs the whole model in memory")
+    from echelon.compress import compress_checkpoint
+
+    with progress() as bar:
+        task = bar.add_task(f"compressing by {compressor.method_name}", total=None)
+        report = compress_checkpoint(
+            options.model, compressor, str(options.out), options.data, work=options.work, seed=options.seed, parameters=options.parameters, bytes=options.bytes,
+            on_progress=lambda entry: bar.update(task, description=entry["step"], completed=entry["done"], total=entry["of"]),
+        )  # fmt: skip
+    print(json.dumps({"out": options.out, **report.to_dict()}, indent=2) if options.json else f"{options.out}: {report.summary()}")
     return 0
 
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_LAZY = {"RankGenTrainer": "rankgen", "contrastive_loss": "rankgen"}
+_LAZY = {"RankGenTrainer": "rankgen", "contrastive_loss": "rankgen", "CTRTrainer": "ctr", "fit": "ctr"}
 __all__ = sorted(_LAZY)
 
 
