@@ -220,3 +220,13 @@ def test_a_prefix_that_texts_share_is_forwarded_once_and_changes_no_score():
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     assert alone == 3 * (36 + 18 + 1) + 3 * 8
     assert sum(seen) == 35 + 17 + 3 * (3 * 5)  # two shared heads less their last token, then each text behind one token, padded
+
+
+def test_cosine_reads_the_end_of_a_long_prefix():
+    end = "It rained all day."
+    far, near = ("The king is dead. " * 80 + end, "It is hot. " * 80 + end)
+    scorer = Cosine(prefix_max_length=5)
+    one, other = scorer.score([ScoreItem(far, "wet"), ScoreItem(near, "wet")]).tolist()
+    assert one == pytest.approx(other, abs=1e-6) == pytest.approx(scorer.score([ScoreItem(end, "wet")]).item(), abs=1e-6)
+    with pytest.raises(ValueError, match="prefix_max_length is 0"):
+        Cosine(prefix_max_length=0)
