@@ -11,6 +11,7 @@ import transformers
 
 import small_models
 from echelon.compress import LowRankLinear, WeLore, low_rank_parameters, merge_to_dense, select_trainable
+from echelon.compress.layers import install
 from echelon.compress.linear import Layer
 from echelon.compress.welore import weight_hash
 from echelon.errors import UserError
@@ -307,3 +308,15 @@ def test_factors_may_have_a_dtype_of_their_own(tmp_path):
 def test_bad_knobs_are_named(knobs, error):
     with pytest.raises(ValueError, match=error):
         WeLore(**knobs)
+
+
+def test_a_rebuilt_fused_layer_has_every_part_in_its_place_each_time():
+    """A part of a new module may get the id that a replaced module had; it must not be taken for that one."""
+    made = WeLore(rank_reduction=0.6).compress(small_models.model("gpt_neox")).model
+    wanted = {name: tensor.shape for name, tensor in made.state_dict().items()}
+    specs = made.config.quantization_config.modules
+    assert specs["gpt_neox.layers.0.attention.query_key_value"]["kind"] == "fused.split"
+    for _ in range(40):
+        model = small_models.model("gpt_neox")
+        install(model, specs)
+        assert {name: tensor.shape for name, tensor in model.state_dict().items()} == wanted

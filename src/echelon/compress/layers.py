@@ -58,7 +58,8 @@ def install(model: nn.Module, modules: Mapping[str, Spec]) -> dict[str, nn.Modul
     """
     made: dict[str, nn.Module] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    parents = list(model.modules())  # kept to the end: a new module must not be given the id of one that is gone
+    for parent in parents:
         for child, module in parent._modules.items():  # named_children would leave out a second place
             places.setdefault(id(module), []).append((parent, child))
     for name in sorted(modules, key=lambda name: name.count(".")):
