@@ -242,6 +242,19 @@ def test_rows_of_each_document_can_be_limited(place):
     assert len({(row.doc_id, row.start) for row in made}) == 12
 
 
+def test_cut_after_a_word_a_rows_texts_have_one_length_and_may_be_unfinished(place, tmp_path):
+    whole = trainer(place).rows(place / "data.jsonl", tmp_path, 0, print)
+    short = trainer(place, cut="word").rows(place / "data.jsonl", tmp_path, 0, print)
+    assert len(short) == len(whole)
+    for long, row in zip(whole, short, strict=True):
+        assert len(row.continuation.split()) == len(row.generated.split()) <= 12
+        assert long.continuation.startswith(row.continuation) and " ".join(long.generated.split()).startswith(row.generated)
+        assert (row.prefix, row.start, row.stop) == (long.prefix, long.start, long.stop)
+    assert any(not row.continuation.endswith(".") for row in short)
+    with pytest.raises(ValueError, match="cut is 'line'; it must be one of sentence, word"):
+        trainer(place, cut="line")
+
+
 def test_a_folder_with_another_run_is_refused_and_one_with_a_typing_error_is_not(place, tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         trainer(place, negatives="inbook", steps=1).train(str(place / "encoder"), place / "dta.jsonl", tmp_path / "out")

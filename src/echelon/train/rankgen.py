@@ -90,6 +90,8 @@ class RankGenTrainer:
         top_p: its nucleus.
         prefix_words: whole sentences up to this many words go before a continuation.
         suffix_words: continuations aim at a length drawn between these two numbers of words.
+        cut: continuations end with a `sentence` (the paper), or after a `word`: a row's true and generated text then both stop at the same number
+            of words, so that neither length nor ending tells them apart; texts that a search scores are unfinished too.
         rows_per_document: use this many rows of each document, drawn at random; 0 uses all.
         mask_overlap: continuations that share a sentence with the right one are no negatives.
         batch_size: rows a step, from one document as far as it reaches; large ones help identification most.
@@ -111,6 +113,7 @@ class RankGenTrainer:
     top_p: float = 0.9
     prefix_words: int = 256
     suffix_words: tuple[int, int] = (10, 128)
+    cut: Literal["sentence", "word"] = "sentence"
     rows_per_document: int = 0
     mask_overlap: bool = True
     batch_size: int = 64
@@ -128,7 +131,7 @@ class RankGenTrainer:
 
     def __post_init__(self) -> None:
         """Raises: ValueError: if a knob is out of range."""
-        for name, legal in (("negatives", ("both", "inbook", "generative")), ("optimizer", ("auto", "adafactor", "adamw"))):
+        for name, legal in (("negatives", ("both", "inbook", "generative")), ("cut", ("sentence", "word")), ("optimizer", ("auto", "adafactor", "adamw"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(legal)}")
         least = {"prefix_words": 1, "rows_per_document": 0, "batch_size": 1, "cache_chunk": 1, "steps": 1, "learning_rate": 0, "lora_rank": 0}
@@ -202,7 +205,7 @@ class RankGenTrainer:
         if len(made) < 2:
             raise UserError(f"{data} gives {len(made)} training rows; it needs documents of several sentences")
         if self.negatives == "inbook":
-            return made
+            return self._cut(made, seed)
         kept = out / "rows.jsonl"
         lines = read_text(kept).split("\n")[:-1] if kept.is_file() else []
         done = [json.loads(line)["generated"] for line in lines if line.endswith("}")]
@@ -223,7 +226,18 @@ class RankGenTrainer:
             done += cut
             tell({"rows": len(done), "of": len(made)})
         # A model that has nothing to say leaves no negative behind.
-        return [dataclasses.replace(row, generated=text) for row, text in zip(made, done, strict=True) if text]
+        return self._cut([dataclasses.replace(row, generated=text) for row, text in zip(made, done, strict=True) if text], seed)
+
+    def _cut(self, rows: list[Pair], seed: int) -> list[Pair]:
+        if self.cut == "sentence":
+            return rows
+        limits = np.random.default_rng([seed, 13]).integers(self.suffix_words[0], self.suffix_words[1], len(rows), endpoint=True)
+        made = []
+        for row, limit in zip(rows, limits.tolist(), strict=True):
+            true, written = row.continuation.split(), row.generated.split()
+            count = min(limit, len(true), len(written) or len(true))
+            made.append(dataclasses.replace(row, continuation=" ".join(true[:count]), generated=" ".join(written[:count])))
+        return made
 
     def _run(self, encoder: RankGenEncoder, rows: list[Pair], out: Path, seed: int, tell: Callable[[dict[str, Any]], None]) -> None:
         named = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
