@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from echelon.compress.layers import put
 from echelon.compress.reload import EchelonConfig, detach, local_names, refresh
 from echelon.compress.report import Report
+from echelon.data.files import folder_whole
 from echelon.errors import UserError
 
 REPORT = "compression_report.json"
@@ -51,31 +50,12 @@ def whole_folder(folder: str | os.PathLike[str], mark: str = "config.json") -> I
     Raises:
         UserError: if it cannot be written, or the folder holds something else.
     """
-    folder = Path(folder)
     refuse_other(folder, mark)
-    aside: Path | None = None
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        yield aside
-        for file in aside.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        os.chmod(aside, 0o755)
-        if folder.exists():
-            old = aside.with_name(aside.name + ".old")
-            os.replace(folder, old)
-            os.replace(aside, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, folder)
-    except BaseException as error:
-        if aside is not None:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(aside)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
-        raise
+        with folder_whole(folder) as aside:
+            yield aside
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise UserError(f"cannot write {folder}: {error}") from error
 
 
 def refuse_other(folder: str | os.PathLike[str], mark: str = "config.json") -> None:
