@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 _WATCHED = "transformers.quantizers.auto"
-_RELOAD = "echelon.compress.reload"
+_RELOAD = "echelon.models.reload"
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -5,9 +5,10 @@ import torch
 
 import small_models
 import tiny
-from echelon.calibrate import LayerWalker, Statistics, blocks, calibration_batches, collect
+from echelon.calibrate import LayerWalker, Statistics, calibration_batches, collect
 from echelon.compress import linear_targets
 from echelon.errors import UserError
+from echelon.models.targets import blocks
 
 FAMILIES = list(small_models.FAMILIES)
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 import small_models
 import tiny
 from echelon.compress import Greenformers, add_linformer, from_config
-from echelon.compress.reload import EchelonConfig
 from echelon.models.families import UnsupportedFamily
 from echelon.models.linformer import LinformerProjection, linformer_attention
+from echelon.models.reload import EchelonConfig
 
 LENGTH = {"bert": 128, "vit": 17}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import small_models
 from echelon.compress import SVD, EchelonConfig, from_config
-from echelon.compress.reload import fold, unfold
+from echelon.models.reload import fold, unfold
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

@@ -11,10 +11,10 @@ import transformers
 
 import small_models
 from echelon.compress import LowRankLinear, WeLore, low_rank_parameters, merge_to_dense, select_trainable
-from echelon.compress.layers import install
 from echelon.compress.linear import Layer
 from echelon.compress.welore import weight_hash
 from echelon.errors import UserError
+from echelon.models.layers import install
 
 
 def matrix(values, rows, columns, seed=0):

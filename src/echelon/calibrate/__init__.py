@@ -5,7 +5,7 @@ from typing import Any
 
 _LAZY = {
     "Moments": "moments", "Statistics": "statistics", "collect": "statistics", "InputObserver": "observing",
-    "Calibration": "tokens", "calibration_batches": "tokens", "Block": "walker", "LayerWalker": "walker", "blocks": "walker", "StoredStates": "stored",
+    "Calibration": "tokens", "calibration_batches": "tokens", "Block": "walker", "LayerWalker": "walker", "StoredStates": "stored",
 }  # fmt: skip
 __all__ = sorted(_LAZY)
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from echelon.calibrate.moments import Moments
 from echelon.calibrate.observing import InputObserver
 from echelon.calibrate.tokens import Calibration
-from echelon.calibrate.walker import LayerWalker, blocks, on_device
+from echelon.calibrate.walker import LayerWalker, on_device
 from echelon.data.files import write_whole
 from echelon.errors import UserError
+from echelon.models.targets import blocks
 
 
 @dataclass

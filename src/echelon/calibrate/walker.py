@@ -16,25 +16,7 @@ from transformers import PreTrainedModel
 from echelon.calibrate.moments import Moments
 from echelon.calibrate.observing import InputObserver
 from echelon.calibrate.tokens import Calibration
-
-
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the chain of blocks: the longest outermost list of modules of one class; empty if there is none.
-
-    An encoder-decoder has two chains that feed each other; it counts as having none.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return []
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and not inside and len(module) and len({type(child) for child in module}) == 1:
-            found.append((name, module))
-    if not found:
-        return []
-    name, chain = max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    return [(f"{name}.{i}", child) for i, child in enumerate(chain)]
-
+from echelon.models.targets import blocks
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # what a block is called with beside its states, for each batch
 Keep = Callable[[Iterator[Tensor]], Sequence[Tensor]]

@@ -4,8 +4,9 @@ import importlib
 from typing import Any
 
 _LAZY = {
-    "Compressed": "base", "Compressor": "base", "Job": "base", "Layer": "linear", "LinearCompressor": "linear", "linear_targets": "linear",
-    "Report": "report", "LowRankLinear": "layers", "EchelonConfig": "reload", "from_config": "reload",
+    "Compressed": "base", "Compressor": "base", "Job": "base", "Layer": "linear", "LinearCompressor": "linear",
+    "Report": "report", "linear_targets": ".models.targets", "LowRankLinear": ".models.layers", "EchelonConfig": ".models.reload",
+    "from_config": ".models.reload",
     "compress_checkpoint": "streaming", "save": "export", "merge_to_dense": "export", "size": "budget", "solve": "budget",
     "lora_config": "lora", "lora_targets": "lora", "load_lora": "lora", "merge_lora": "lora",
     "Distillation": "distill", "FeatureDistiller": "distill", "DistillationTrainer": "distill_trainer",
@@ -23,5 +24,5 @@ __all__ = sorted(_LAZY)
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(f"echelon.compress.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module 'echelon.compress' has no attribute {name!r}")

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import echelon
 from echelon.calibrate import Calibration, Statistics, calibration_batches
 from echelon.compress.budget import solve
-from echelon.compress.layers import Spec
-from echelon.compress.reload import EchelonConfig, attach
 from echelon.compress.report import Report
 from echelon.models import LoadedModel, load
 from echelon.models.families import UnsupportedFamily
+from echelon.models.layers import Spec
+from echelon.models.reload import EchelonConfig, attach
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def specs(self, job: Job, state: Any) -> dict[str, Spec]:
-        """Name and spec (see :mod:`echelon.compress.layers`) of every module that will be replaced; ``state`` is what :meth:`prepare` returned."""
+        """Name and spec (see :mod:`echelon.models.layers`) of every module that will be replaced; ``state`` is what :meth:`prepare` returned."""
 
     @abstractmethod
     def apply(self, job: Job, state: Any, specs: Mapping[str, Spec]) -> None:

@@ -21,15 +21,15 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from echelon.calibrate import Calibration, InputObserver, LayerWalker, blocks, calibration_batches
+from echelon.calibrate import Calibration, InputObserver, LayerWalker, calibration_batches
 from echelon.calibrate.statistics import observe_whole
 from echelon.compress.export import whole_folder
-from echelon.compress.layers import LowRankLinear, dense_weight, is_linear
-from echelon.compress.linear import Targets, linear_targets
 from echelon.compress.lora import lora_config
 from echelon.compress.packed import PackedLinear
 from echelon.linalg.lowrank import Factors, spectrum
 from echelon.models import LoadedModel, load
+from echelon.models.layers import LowRankLinear, dense_weight, is_linear
+from echelon.models.targets import Targets, blocks, linear_targets
 
 REPORT = "compensation_report.json"
 

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from echelon.calibrate import blocks
 from echelon.calibrate.walker import on_device
 from echelon.compress.recovery import recover
+from echelon.models.targets import blocks
 
 Penalty = Callable[[], Tensor | None]
 Features = dict[str, list[Tensor]]

@@ -20,13 +20,14 @@ from echelon import linalg
 from echelon.compress.base import Compressed, Job, refuse
 from echelon.compress.dense_sparse import learning
 from echelon.compress.distill import labelled
-from echelon.compress.layers import Spec, build, put
-from echelon.compress.linear import Layer, LinearCompressor, Targets
+from echelon.compress.linear import Layer, LinearCompressor
 from echelon.compress.recovery import recover
-from echelon.compress.reload import attach, local_names
 from echelon.compress.report import Report
 from echelon.linalg.checks import number, one_of
 from echelon.linalg.dictionary import SparseCode
+from echelon.models.layers import Spec, build, put
+from echelon.models.reload import attach, local_names
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 CANDIDATES = (2, 4, 8)  # coefficients of a row that are tried

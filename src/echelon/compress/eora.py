@@ -18,10 +18,11 @@ from torch import Tensor
 from echelon import linalg
 from echelon.calibrate import Moments
 from echelon.compress.compensator import Compensator, uniform
-from echelon.compress.linear import Targets, named_by
+from echelon.compress.linear import named_by
 from echelon.compress.lorc import packed_bytes
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.rounding import Grid, gptq
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 

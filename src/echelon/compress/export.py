@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from echelon.compress.layers import put
-from echelon.compress.reload import EchelonConfig, detach, local_names, refresh
 from echelon.compress.report import Report
 from echelon.data.files import folder_whole
 from echelon.errors import UserError
+from echelon.models.layers import put
+from echelon.models.reload import EchelonConfig, detach, local_names, refresh
 
 REPORT = "compression_report.json"
 

@@ -23,13 +23,14 @@ from echelon.calibrate import Calibration, Moments
 from echelon.calibrate.statistics import Statistics, observe_whole
 from echelon.compress.base import Job
 from echelon.compress.budget import size
-from echelon.compress.layers import LowRankLinear, Spec, build, put
-from echelon.compress.linear import Layer, LinearCompressor, Targets, linear_targets, named_by
+from echelon.compress.linear import Layer, LinearCompressor, named_by
 from echelon.compress.mimicked import MimickedLinear, MimickedTables
 from echelon.data.clicks import Clicks
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.tables import TableSpread, table_spread
 from echelon.models.ctr import CTRModel
+from echelon.models.layers import LowRankLinear, Spec, build, put
+from echelon.models.targets import Targets, linear_targets
 from echelon.registry import method
 
 TABLES = "embedding"

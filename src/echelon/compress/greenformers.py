@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from echelon import linalg
 from echelon.compress.base import Job
-from echelon.compress.layers import Spec, build, kind, like
-from echelon.compress.linear import Layer, LinearCompressor, Targets, left_out, linear_targets, lowrank_spec
+from echelon.compress.linear import Layer, LinearCompressor, left_out, lowrank_spec
 from echelon.compress.report import Report
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.ranks import break_even
+from echelon.models.layers import Spec, build, kind, like
+from echelon.models.targets import Targets, linear_targets
 from echelon.registry import method
 
 
@@ -165,7 +166,7 @@ def _convolution(spec: Spec, old: Any) -> nn.Module:
 class LowRankConvolution(nn.Module):
     """A convolution into ``rank`` channels a group, then one of width 1 into the outputs: the encoder and decoder of Greenformers' CED.
 
-    ``weight`` is an empty buffer, as in :class:`echelon.compress.layers.LowRankLinear`.
+    ``weight`` is an empty buffer, as in :class:`echelon.models.layers.LowRankLinear`.
 
     Args:
         old: the convolution whose sizes, stride, padding, dilation and groups it has.

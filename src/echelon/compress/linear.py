@@ -1,6 +1,5 @@
 """Compressors that treat a model one linear layer at a time; they need to know nothing of its architecture."""
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +8,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from echelon import registry
-from echelon.calibrate import LayerWalker, Moments, blocks, collect
+from echelon.calibrate import LayerWalker, Moments, collect
 from echelon.compress.base import Compressor, Job
-from echelon.compress.layers import Spec, build, dense_weight, is_linear, put
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.ranks import break_even
-
-Targets = str | Sequence[str] | None
+from echelon.models.layers import Spec, build, dense_weight, put
+from echelon.models.targets import Targets, in_attention, linear_targets, matches
 
 
 @dataclass
@@ -228,64 +225,6 @@ def lowrank_spec(layer: Layer, rank: int, bias: bool) -> Spec:
     return made | ({"transposed": True} if isinstance(layer.module, Conv1D) else {})
 
 
-def linear_targets(
-    model: nn.Module, target_modules: Targets = None, convolutions: bool = False
-) -> tuple[list[str], dict[str, str]]:  # fmt: skip
-    """Names of the linear layers that are meant, in the model's order, and of those that are meant but cannot be taken, with the reason.
-
-    Args:
-        model: the model.
-        target_modules: None or ``all-linear`` for those inside the blocks (never a head); ``attention`` or ``mlp`` for a part of these;
-            ``linear`` for all but the head, also outside the blocks, and ``all`` for convolutions beside them;
-            otherwise as in PEFT: a string is a regular expression for whole names, a list holds names or ends of names.
-        convolutions: whether a target may be a convolution.
-
-    Raises:
-        ValueError: if a target matches nothing, or the model keeps its experts in three-dimensional tensors.
-    """
-    chain = [name for name, _ in blocks(model)]
-    inner: set[str] = set()  # parts of a module that is a linear layer to the outside, such as the two factors
-    known: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "in_features") or isinstance(module, Conv1D) or (convolutions and hasattr(module, "in_channels")):
-            inner |= {f"{name}.{child}" for child, _ in module.named_modules() if child}
-            if name not in inner:
-                known[name] = module
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    in_blocks = [n for n in known if (any(n.startswith(block + ".") for block in chain) if chain else known[n] is not head)]
-    if target_modules in ("linear", "all"):
-        _refuse_experts(model)
-        wanted = [n for n in known if known[n] is not head and (target_modules == "all" or not hasattr(known[n], "in_channels"))]
-    elif target_modules is None or target_modules in ("all-linear", "attention", "mlp"):
-        _refuse_experts(model)
-        in_blocks = [n for n in in_blocks if not hasattr(known[n], "in_channels")]
-        wanted = [n for n in in_blocks if target_modules not in ("attention", "mlp") or _in_attention(n) == (target_modules == "attention")]
-        if not wanted:
-            raise ValueError(f"the model has no linear layers that {target_modules or 'all-linear'} stands for")
-    else:
-        patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        wanted = []
-        for pattern in patterns:
-            matched = [n for n in known if _matches(n, pattern, isinstance(target_modules, str))]
-            if not matched:
-                ends = sorted({n.rpartition(".")[2] for n in known})
-                raise ValueError(f"target_modules: {pattern!r} matches no linear layer{registry.suggest(pattern, ends)}; there are {', '.join(ends)}")
-            wanted += matched
-    shared: dict[int, int] = {}
-    for module in model.modules():
-        for tensor in module._parameters.values():
-            shared[id(tensor)] = shared.get(id(tensor), 0) + 1
-    names, skipped = [], {}
-    for name in dict.fromkeys(n for n in known if n in set(wanted)):
-        if not (is_linear(known[name]) or isinstance(known[name], nn.Conv1d | nn.Conv2d | nn.Conv3d)):
-            skipped[name] = f"it is a {type(known[name]).__name__} already"
-        elif shared[id(known[name].weight)] > 1:
-            skipped[name] = "its weight is tied to another module's"
-        else:
-            names.append(name)
-    return names, skipped
-
-
 def left_out(job: Job, layers: dict[str, Layer], skip_modules: Targets, knob: str = "skip_modules") -> dict[str, Layer]:
     """The layers without those that ``skip_modules`` (a knob of any name) names (a regular expression for whole names, or a list of names or their ends).
 
@@ -294,7 +233,7 @@ def left_out(job: Job, layers: dict[str, Layer], skip_modules: Targets, knob: st
     """
     kept = dict(layers)
     for pattern in [skip_modules] if isinstance(skip_modules, str) else skip_modules or ():
-        matched = [name for name in layers if _matches(name, pattern, isinstance(skip_modules, str))]
+        matched = [name for name in layers if matches(name, pattern, isinstance(skip_modules, str))]
         if not matched:
             ends = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(f"{knob}: {pattern!r} matches none of the layers{registry.suggest(pattern, ends)}; there are {', '.join(ends)}")
@@ -312,30 +251,15 @@ def named_by(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     Raises:
         ValueError: if a key is for no name at all.
     """
-    words = {"attention": _in_attention, "mlp": lambda name: not _in_attention(name)}
+    words = {"attention": in_attention, "mlp": lambda name: not in_attention(name)}
     made: dict[str, Any] = {}
     names = list(names)
     for key, value in settings.items():
-        found = [name for name in names if (words[key](name) if key in words else _matches(name, key, False))]
+        found = [name for name in names if (words[key](name) if key in words else matches(name, key, False))]
         if not found:
             raise ValueError(f"{key!r} is for none of the layers; there are {', '.join(sorted({n.rpartition('.')[2] for n in names}))}")
         made |= dict.fromkeys(found, value)
     return made
-
-
-def _matches(name: str, pattern: str, regular: bool) -> bool:
-    return re.fullmatch(pattern, name) is not None if regular else name == pattern or name.endswith("." + pattern)
-
-
-def _in_attention(name: str) -> bool:
-    return any("attn" in part or "attention" in part for part in name.lower().split("."))
-
-
-def _refuse_experts(model: nn.Module) -> None:
-    for block, module in blocks(model):
-        for name, part in module.named_modules():
-            if not isinstance(part, nn.modules.conv._ConvNd) and any(p.ndim == 3 and p.shape[0] > 1 for p in part._parameters.values() if p is not None):
-                raise ValueError(f"{block}.{name} holds its experts in three-dimensional tensors; mixtures of experts are not supported (name target_modules)")
 
 
 def places(model: nn.Module, old: nn.Module) -> list[tuple[nn.Module, str]]:

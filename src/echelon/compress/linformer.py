@@ -7,12 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import echelon
-from echelon.calibrate import blocks
 from echelon.compress.base import refuse
-from echelon.compress.layers import Spec, install, kind, like
-from echelon.compress.reload import attach
 from echelon.models.families import UnsupportedFamily
+from echelon.models.layers import Spec, install, kind, like
 from echelon.models.linformer import NAME, LinformerProjection
+from echelon.models.reload import attach
+from echelon.models.targets import blocks
 
 SHARES = ("none", "heads", "kv", "layer")
 

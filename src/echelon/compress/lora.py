@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from echelon.compress.dense_sparse import DenseSparseLinear
-from echelon.compress.layers import LowRankLinear
-from echelon.compress.linear import linear_targets
 from echelon.compress.packed import PackedLinear
-from echelon.compress.reload import refresh
+from echelon.models.layers import LowRankLinear
+from echelon.models.reload import refresh
+from echelon.models.targets import linear_targets
 
 
 class LoraLowRank(Linear):

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from echelon.compress.compensator import Compensator, uniform
-from echelon.compress.linear import Targets
 from echelon.linalg.lowrank import Factors, svd
 from echelon.linalg.rounding import Grid
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 _WIDE = 8192  # from here on a randomised SVD, with the many iterations that a flat spectrum takes

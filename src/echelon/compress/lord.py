@@ -16,8 +16,9 @@ from torch import Tensor
 
 from echelon import linalg
 from echelon.calibrate import Moments
-from echelon.compress.linear import Layer, LinearCompressor, Targets, named_by
+from echelon.compress.linear import Layer, LinearCompressor, named_by
 from echelon.linalg.lowrank import Factors
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 

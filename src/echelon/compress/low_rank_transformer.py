@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from echelon.compress.greenformers import Greenformers
-from echelon.compress.linear import Targets
+from echelon.models.targets import Targets
 
 
 def low_rank_from_config(

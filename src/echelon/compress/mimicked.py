@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from echelon.compress.layers import Spec, empty_linear, kind, like
 from echelon.linalg.tables import TableSpread, table_codes
 from echelon.models.ctr.embedding import FieldEmbedding, look_up
+from echelon.models.layers import Spec, empty_linear, kind, like
 
 
 @kind("mimicked.linear")

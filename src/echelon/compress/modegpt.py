@@ -23,11 +23,11 @@ from echelon import linalg
 from echelon.calibrate import LayerWalker, Moments
 from echelon.compress.base import Compressed, Compressor, Job
 from echelon.compress.inside import Affine, Inside
-from echelon.compress.layers import Spec, build
 from echelon.compress.modular import ModularAttention, become_plain, refuse_plain
-from echelon.compress.reload import detach
 from echelon.compress.schedules import block_redundancy
 from echelon.models.families import SUPPORTED, AttentionShape, Block, FamilyAdapter, UnsupportedFamily, adapter, bias, matrix, put, sizes
+from echelon.models.layers import Spec, build
+from echelon.models.reload import detach
 from echelon.registry import method
 
 MODULES = ("mlp", "qk", "vo")

@@ -23,10 +23,11 @@ from echelon import linalg
 from echelon.calibrate import Moments
 from echelon.compress.base import Job
 from echelon.compress.distill import Distillation, FeatureDistiller
-from echelon.compress.layers import LowRankLinear, Spec, dense_weight, factored, is_linear
-from echelon.compress.linear import Layer, LinearCompressor, Targets
+from echelon.compress.linear import Layer, LinearCompressor
 from echelon.linalg.checks import number, one_of
 from echelon.linalg.lowrank import Factors
+from echelon.models.layers import LowRankLinear, Spec, dense_weight, factored, is_linear
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 NORMS = ("max_abs", "max_row_sum", "fro")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from echelon.compress.base import Job
-from echelon.compress.layers import Spec, build
-from echelon.compress.linear import Layer, LinearCompressor, Targets, left_out
+from echelon.compress.linear import Layer, LinearCompressor, left_out
+from echelon.models.layers import Spec, build
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.calibrate.statistics import observe_whole
 from echelon.compress.base import Job
-from echelon.compress.layers import Spec, build
-from echelon.compress.linear import Layer, LinearCompressor, Targets, left_out
+from echelon.compress.linear import Layer, LinearCompressor, left_out
 from echelon.linalg.quantize import Quantized
 from echelon.linalg.rounding import Grid, gptq, learned_rounding
+from echelon.models.layers import Spec, build
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 _HALF = torch.finfo(torch.float16)

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from echelon.compress.layers import Spec, kind
 from echelon.compress.report import macs
 from echelon.models.families import Block, PlainRMSNorm, Roles, family_roles, put, sizes
+from echelon.models.layers import Spec, kind
 
 Stream = Float[Tensor, "batch tokens width"]
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from echelon.calibrate import Block, Calibration, LayerWalker, Moments
 from echelon.compress.base import Compressed, Compressor, Job
 from echelon.compress.budget import size
-from echelon.compress.layers import Spec
-from echelon.compress.reload import detach
 from echelon.compress.rotations import Rotation, back, between, project, random_rotation, read, write
 from echelon.compress.schedules import block_redundancy, by_redundancy, linear_ends
 from echelon.compress.sliced import PaddedDropout, become_sliced, keep_whole, set_shortcut
 from echelon.linalg.lowrank import eig_basis
 from echelon.models.families import SUPPORTED, FamilyAdapter, adapter, bias, epsilon, matrix, put
+from echelon.models.layers import Spec
+from echelon.models.reload import detach
 from echelon.registry import method
 
 

@@ -20,19 +20,20 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.core_model_loading import revert_weight_conversion
 
 import echelon
-from echelon.calibrate import Block, Calibration, InputObserver, LayerWalker, blocks
+from echelon.calibrate import Block, Calibration, InputObserver, LayerWalker
 from echelon.compress.base import Compressor, Job
 from echelon.compress.export import REPORT, refuse_other
 from echelon.compress.journal import Journal
-from echelon.compress.layers import Spec, install
 from echelon.compress.linear import Layer, LinearCompressor, warn_of_few_tokens
 from echelon.compress.report import Report
 from echelon.compress.schedules import redundancy
 from echelon.compress.slicegpt import Points, SliceGPT, slice_block, slice_embeddings, slice_head
 from echelon.errors import UserError
 from echelon.models.families import UnsupportedFamily, adapter
+from echelon.models.layers import Spec, install
 from echelon.models.loading import embedded_dir
 from echelon.models.skeleton import INDEX, Skeleton, Slot, on_meta
+from echelon.models.targets import blocks
 
 
 def compress_checkpoint(

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from echelon import linalg
 from echelon.calibrate import Moments
-from echelon.compress.linear import Layer, LinearCompressor, Targets
+from echelon.compress.linear import Layer, LinearCompressor
 from echelon.linalg.lowrank import Factors
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 

@@ -22,12 +22,13 @@ from echelon import linalg
 from echelon.calibrate import Moments
 from echelon.compress.base import Job
 from echelon.compress.fused import split_layers, split_modules, split_specs
-from echelon.compress.layers import LowRankLinear, Spec, kind, like
-from echelon.compress.linear import Layer, LinearCompressor, Targets
+from echelon.compress.linear import Layer, LinearCompressor
 from echelon.compress.recovery import low_rank_parameters, select_trainable
 from echelon.data.files import write_whole
 from echelon.errors import UserError
 from echelon.linalg.lowrank import Factors
+from echelon.models.layers import LowRankLinear, Spec, kind, like
+from echelon.models.targets import Targets
 from echelon.registry import method
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

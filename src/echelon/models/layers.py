@@ -4,10 +4,11 @@ A module is described by a spec, a JSON object ``{"kind": ..., ...}`` in ``confi
 of ``old``: a new one, or ``old`` itself given another class, other tensors or more parameters. It is called on a live model when that is compressed, and on a
 skeleton on the meta device when it is loaded again, so it makes its tensors with :func:`like` and leaves their values alone.
 
-A kind named ``module.word`` is declared in ``echelon/compress/module.py``, which is imported when such a spec is met.
+A kind named ``module.word`` is declared in ``echelon/compress/module.py`` or ``echelon/train/layers/module.py``, which is imported when such a spec is met.
 """
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -39,12 +40,10 @@ def build(spec: Spec, old: nn.Module) -> nn.Module:
     """
     name = spec["kind"]
     if name not in KINDS and re.fullmatch(r"[a-z_]+\.[a-z_]+", name):
-        module = f"echelon.compress.{name.partition('.')[0]}"
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
+        for package in ("compress", "train.layers"):
+            module = f"echelon.{package}.{name.partition('.')[0]}"
+            if importlib.util.find_spec(module) is not None:
+                importlib.import_module(module)
     if name not in KINDS:
         raise ValueError(f"unknown kind of module {name!r}; this echelon knows {', '.join(sorted(KINDS))}: is the model from a newer one?")
     return KINDS[name](spec, old)

@@ -1,0 +1,53 @@
+"""Eight bits a number, in blocks: how optimizers store their moments.
+
+Source: "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861: each block is divided by its largest magnitude and rounded to the
+nearest of 256 levels that stand closer together near zero (dynamic tree quantisation).
+"""
+
+import functools
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+BLOCK = 256
+
+
+@functools.cache
+def levels(signed: bool) -> Float[Tensor, "256"]:
+    """The 256 levels in [-1, 1], or in [0, 1], ascending.
+
+    Seven decades, the widest one finest: decade ``e`` from the smallest holds the centres of ``2**e`` (unsigned: twice as many) equal parts of [0.1, 1] of
+    it. Zero and one are levels of their own.
+    """
+    decades = []
+    for decade in range(7):
+        parts = 2 ** (decade if signed else decade + 1)
+        centres = 0.1 + 0.9 * (torch.arange(parts, dtype=torch.float64) + 0.5) / parts
+        decades.append(10.0 ** (decade - 6) * centres)
+    positive = torch.cat(decades)
+    both = [positive, -positive] if signed else [positive]
+    return torch.cat([*both, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort().values.float()
+
+
+def quantize(values: Float[Tensor, "..."], signed: bool = True) -> tuple[UInt8[Tensor, "..."], Float[Tensor, " blocks"]]:
+    """Codes in the values' shape, and the largest magnitude of every block of 256 in row-major order.
+
+    Args:
+        values: finite numbers; non-negative where unsigned.
+        signed: whether they have a sign.
+    """
+    flat = values.float().reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    table = levels(signed).to(values.device)
+    unit = blocks / scale.clamp_min(1e-38)[:, None]
+    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return codes.view(-1)[: len(flat)].reshape(values.shape), scale
+
+
+def dequantize(codes: UInt8[Tensor, "..."], scale: Float[Tensor, " blocks"], signed: bool = True) -> Float[Tensor, "..."]:
+    """The values that :func:`quantize` stored, in float32."""
+    unit = levels(signed).to(codes.device)[codes.reshape(-1).int()]
+    whole = torch.nn.functional.pad(unit, (0, -len(unit) % BLOCK)).view(-1, BLOCK) * scale[:, None]
+    return whole.view(-1)[: len(unit)].reshape(codes.shape)

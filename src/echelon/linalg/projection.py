@@ -1,0 +1,136 @@
+"""Projecting a gradient onto a few directions, and back: the basis of GaLore and of what was built on it.
+
+A projector keeps its basis as plain tensors in a dictionary that the caller owns, so that an optimizer's state stays one of tensors. The side that is
+projected follows from the shape of the gradient alone and is never guessed from the projected one.
+"""
+
+import warnings
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from echelon.linalg.checks import one_of, whole
+
+Side = Literal["left", "right", "full"]
+SIDES = ("std", "reverse_std", "left", "right", "full")
+METHODS = ("exact", "randomized", "random")
+OVERSAMPLE, POWER_STEPS = 8, 2
+
+
+def side_of(shape: tuple[int, int], proj_type: str) -> Side:
+    """Which side of an ``m x n`` gradient loses dimensions: ``std`` the shorter one (right on ties), ``reverse_std`` the other."""
+    if proj_type in ("left", "right", "full"):
+        return proj_type  # type: ignore[return-value]
+    tall = shape[0] >= shape[1]
+    return "right" if tall == (proj_type == "std") else "left"
+
+
+@dataclass(frozen=True)
+class Projector:
+    """An orthonormal basis of ``rank`` directions of a gradient's rows or columns.
+
+    Attributes:
+        rank: directions kept; at most the projected side.
+        proj_type: side, see :func:`side_of`.
+        method: ``exact`` SVD in float32, a ``randomized`` one (range finder with 8 extra directions and 2 power steps, arXiv 0909.4061), or ``random``
+            orthonormal directions that do not look at the gradient.
+        deterministic: turn every direction so that its entry of largest magnitude is positive. Without it the sign is the SVD routine's.
+    """
+
+    rank: int
+    proj_type: str = "std"
+    method: str = "exact"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError: if a field is out of range."""
+        whole("rank", self.rank, 1)
+        one_of("proj_type", self.proj_type, SIDES)
+        one_of("method", self.method, METHODS)
+
+    def fit(self, gradient: Float[Tensor, "m n"], state: MutableMapping[str, Tensor], seed: int = 0) -> None:
+        """Choose the basis anew, into ``state``: ``right`` (n, r), ``left`` (m, r), or both, in the gradient's dtype.
+
+        An all-zero gradient says nothing: the basis stays, or becomes the first unit vectors where there is none.
+
+        Args:
+            gradient: finite.
+            state: what it writes to.
+            seed: of random directions.
+        """
+        side = side_of(gradient.shape, self.proj_type)  # type: ignore[arg-type]
+        wanted = [name for name in ("left", "right") if side in (name, "full")]
+        matrix = gradient.float() if gradient.dtype != torch.float64 else gradient
+        if not matrix.any():
+            for name in wanted:
+                size = gradient.shape[name == "right"]
+                state.setdefault(name, torch.eye(size, min(self.rank, size), dtype=gradient.dtype, device=gradient.device))
+            return
+        found = self._bases(matrix, wanted, seed)
+        for name, basis in found.items():
+            if self.deterministic:
+                top = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+                basis = basis * torch.where(top < 0, -1.0, 1.0).to(basis)
+            state[name] = basis.to(gradient.dtype).contiguous()
+
+    def _bases(self, matrix: Tensor, wanted: list[str], seed: int) -> dict[str, Tensor]:
+        small = min(matrix.shape)
+        rank = min(self.rank, small)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices draw the same
+        if self.method == "random":
+            made = {}
+            for name in wanted:
+                size = matrix.shape[name == "right"]
+                drawn = torch.randn(size, min(self.rank, size), generator=generator, dtype=torch.float64)
+                made[name] = torch.linalg.qr(drawn).Q.to(matrix)
+            return made
+        if self.method == "exact" or rank + OVERSAMPLE >= small:
+            left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+            found = {"left": left[:, :rank], "right": right[:rank].T}
+        else:
+            left, right = _range(matrix, rank, generator)
+            found = {"left": left, "right": right}
+        return {name: found[name] for name in wanted}
+
+    def down(self, gradient: Float[Tensor, "m n"], state: MutableMapping[str, Tensor]) -> Tensor:
+        """The projected gradient: ``G Q`` (m, r), ``P^T G`` (r, n), or ``P^T G Q`` (r, r)."""
+        if "right" in state:
+            gradient = gradient @ state["right"].to(gradient.dtype)
+        return state["left"].to(gradient.dtype).T @ gradient if "left" in state else gradient
+
+    def up(self, low: Tensor, state: MutableMapping[str, Tensor]) -> Float[Tensor, "m n"]:
+        """Back to the gradient's shape."""
+        if "left" in state:
+            low = state["left"].to(low.dtype) @ low
+        return low @ state["right"].to(low.dtype).T if "right" in state else low
+
+
+def _range(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors on both sides, from the range of a few random combinations of the longer side's vectors."""
+    tall = matrix.shape[0] >= matrix.shape[1]
+    work = matrix if tall else matrix.T  # (long, short)
+    width = rank + OVERSAMPLE
+    start = torch.randn(work.shape[0], width, generator=generator, dtype=torch.float32).to(matrix)
+    rows = torch.linalg.qr(work.T @ start).Q  # (short, width)
+    for _ in range(POWER_STEPS):
+        rows = torch.linalg.qr(work.T @ (work @ rows)).Q
+    # The spectrum within that range from the small Gram matrix; the long side is touched by one product only.
+    image = work @ rows
+    values, turn = torch.linalg.eigh((image.T @ image).double())
+    order = values.argsort(descending=True)[:rank]
+    turn = turn[:, order].to(matrix)
+    short = rows @ turn
+    long = torch.linalg.qr(image @ turn)
+    flip = torch.where(long.R.diagonal() < 0, -1.0, 1.0).to(matrix)
+    return (long.Q * flip, short) if tall else (short, long.Q * flip)
+
+
+def clip_rank(rank: int, shape: tuple[int, int], name: str) -> int:
+    """``rank``, at most the smaller side of the matrix; said in a warning where it is less."""
+    if rank > min(shape):
+        warnings.warn(f"rank {rank} is above the smaller side of {name} {tuple(shape)}; {min(shape)} is used there", stacklevel=3)
+    return min(rank, min(shape))

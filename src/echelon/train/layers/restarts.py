@@ -1,0 +1,78 @@
+"""Restarts for factored layers: balance the factors, forget the moments, and warm up again.
+
+Source: "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic Advances and Benchmarking", arXiv 2505.22922. The product of two
+factors is split evenly (U sqrt(S), sqrt(S) V^T), which makes the factored problem best conditioned (its Lemma 4.1), and moments polluted by spikes or
+expressed in old factors are dropped. Differs from its code: every factored layer can be refactored, not only SLTrain's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from echelon.linalg.checks import number, whole
+from echelon.train.layers.base import LayerMethod, LearningRate, reset_moments
+
+
+@dataclass(frozen=True)
+class Restarts(LayerMethod):
+    """Methods whose layers hold two factors, and that may be restarted.
+
+    Attributes:
+        refactor_every: optimizer steps between two refactorisations; 0 for none.
+        reset_every: optimizer steps between two resets of the optimizer's moments; 0 for none.
+        recovery_steps: steps of the linear ramp behind a reset.
+        recovery_start: share of the target at which the ramp begins.
+        reset_step_counter: let the bias corrections begin anew too.
+    """
+
+    refactor_every: int = 0
+    reset_every: int = 0
+    recovery_steps: int = 10
+    recovery_start: float = 0.001
+    reset_step_counter: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("refactor_every", "reset_every", "recovery_steps"):
+            whole(name, getattr(self, name), 0)
+        number("recovery_start", self.recovery_start, 0, 1)
+
+    def factors(self, model: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+        """The pairs (B, A) whose product may be split anew."""
+        raise NotImplementedError
+
+    def lr_scale(self, step: int, base: LearningRate) -> float:
+        """The schedule, with a ramp of ``recovery_steps`` behind every reset: from ``recovery_start`` of what the schedule says at its end."""
+        if not self.reset_every or step < self.reset_every or self.recovery_steps == 0:
+            return base(step)
+        last = step // self.reset_every * self.reset_every
+        inside = step - last
+        if inside >= self.recovery_steps:
+            return base(step)
+        share = inside / max(1, self.recovery_steps - 1)
+        return base(last + self.recovery_steps) * (self.recovery_start + (1 - self.recovery_start) * share)
+
+    def end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if self.refactor_every and step % self.refactor_every == 0:
+            for up, down in self.factors(model):
+                refactor(up, down)
+        if self.reset_every and step % self.reset_every == 0:
+            reset_moments(optimizer, step_counter=self.reset_step_counter)
+
+
+@torch.no_grad()
+def refactor(up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]) -> None:
+    """Split the product anew, in place: ``B = U sqrt(S)``, ``A = sqrt(S) V^T``, so that ``B^T B = A A^T = S``, descending.
+
+    By QR of both factors and an SVD of r x r, in float32 at least; the cost is (out + in) r^2.
+    """
+    dtype = torch.promote_types(up.dtype, torch.float32)
+    left, right = torch.linalg.qr(up.to(dtype)), torch.linalg.qr(down.to(dtype).T)
+    inner, values, turned = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    root = values.sqrt()
+    wide = up.shape[1] - len(values)  # more directions than the matrix has: the rest is zero
+    up.copy_(nn.functional.pad(left.Q @ inner * root, (0, wide)))
+    down.copy_(nn.functional.pad(root[:, None] * (turned @ right.Q.T), (0, 0, 0, wide)))
