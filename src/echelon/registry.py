@@ -163,25 +163,42 @@ def _all_cards() -> tuple[Card, ...]:
 
 
 def _read(tree: ast.Module, module: str) -> Iterator[Card]:
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    for node in classes.values():
+    for node in _classes(tree).values():
         for mark in node.decorator_list:
             if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "method":
                 said = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in mark.keywords}
                 said.setdefault("name", snake_case(node.name))
-                knobs = {knob.name: knob for knob in _knobs(node, classes)}
-                yield Card(**said, module=module, attribute=node.name, doc=ast.get_docstring(node) or "", knobs=tuple(knobs.values()))
+                yield Card(**said, module=module, attribute=node.name, doc=ast.get_docstring(node) or "", knobs=tuple(_knobs(node, tree).values()))
 
 
-def _knobs(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[Knob]:
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@functools.cache
+def _module(name: str) -> ast.Module:
+    return ast.parse(PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8"))
+
+
+def _knobs(node: ast.ClassDef, tree: ast.Module) -> dict[str, Knob]:
+    """Fields of a class, after those of its bases; a field that is declared again keeps its place, and its sentence unless it gets a new one."""
+    found: dict[str, Knob] = {}
+    imported = {name.name: line.module for line in tree.body if isinstance(line, ast.ImportFrom) for name in line.names}
     for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            yield from _knobs(classes[base.id], classes)
+        if isinstance(base, ast.Name) and base.id in (own := _classes(tree)):
+            found |= _knobs(own[base.id], tree)
+        elif isinstance(base, ast.Name) and (imported.get(base.id) or "").startswith("echelon."):
+            there = _module(imported[base.id])  # type: ignore[arg-type]
+            found |= _knobs(_classes(there)[base.id], there)
     told = attribute_docs(ast.get_docstring(node) or "")
     for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and "ClassVar" not in ast.unparse(line.annotation):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             name = line.target.id
-            yield Knob(name, ast.unparse(line.annotation), ast.unparse(line.value) if line.value else None, told.get(name, ""))
+            before = found[name].help if name in found else ""
+            found[name] = Knob(name, ast.unparse(line.annotation), ast.unparse(line.value) if line.value else None, told.get(name, before))
+            if "ClassVar" in found[name].type:  # a base's knob that is fixed here, or no knob at all
+                del found[name]
+    return found
 
 
 def attribute_docs(doc: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ A bare loop::
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class LayerMethod(ABC):
         """
         names, skipped = linear_targets(model, self.target_modules, self.convolutions)
         if not names:
-            raise ValueError(f"target_modules is {self.target_modules!r}; none of these layers can be converted: {next(iter(skipped.items()), 'there are none')}")
+            raise ValueError(f"target_modules is {self.target_modules!r}; none of these layers can be converted: {skipped or 'there are none'}")
         specs = {name: self.spec(name, model.get_submodule(name)) for name in names}
         for number, (name, spec) in enumerate(specs.items()):
             old = model.get_submodule(name)
@@ -105,13 +106,13 @@ class LayerMethod(ABC):
         """Learning rate of a step as a share of the largest one, given the schedule without this method."""
         return base(step)
 
-    def begin_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def begin_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:  # noqa: B027 (most have nothing to do)
         """Called before the first forward of an optimizer step; ``step`` of them are done."""
 
-    def before_update(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def before_update(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:  # noqa: B027 (most have nothing to do)
         """Called with all gradients in place, after clipping, right before the optimizer."""
 
-    def end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:  # noqa: B027 (most have nothing to do)
         """Called behind an optimizer step; ``step`` of them are done."""
 
     def finish(self, model: nn.Module) -> None:
@@ -134,8 +135,6 @@ class LearningRate:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return step / self.warmup
-        import math
-
         share = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return self.floor + (1 - self.floor) / 2 * (1 + math.cos(math.pi * share))
 
