@@ -191,7 +191,8 @@ def _knobs(node: ast.ClassDef, tree: ast.Module) -> dict[str, Knob]:
             there = _module(imported[base.id])  # type: ignore[arg-type]
             found |= _knobs(_classes(there)[base.id], there)
     told = attribute_docs(ast.get_docstring(node) or "")
-    for line in node.body:
+    is_dataclass = any("dataclass" in ast.unparse(mark) for mark in node.decorator_list)  # what other bases annotate are no fields
+    for line in node.body if is_dataclass else ():
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             name = line.target.id
             before = found[name].help if name in found else ""
