@@ -85,7 +85,8 @@ def test_embeddings_heads_norms_and_biases_are_never_targets(name):
 
 
 @pytest.mark.parametrize(("dtype", "knobs"), [
-    (torch.float32, {}), (torch.float32, {"state_bits": 8}), (torch.bfloat16, {"rounding": "master"}), (torch.bfloat16, {"rounding": "stochastic", "state_bits": 16}),
+    (torch.float32, {}), (torch.float32, {"state_bits": 8}), (torch.bfloat16, {"rounding": "master"}),
+    (torch.bfloat16, {"rounding": "stochastic", "state_bits": 16}),
 ])  # fmt: skip
 @every_method
 def test_saved_in_mid_window_it_goes_on_bit_for_bit(name, dtype, knobs):
