@@ -1,5 +1,6 @@
 """A checkpoint compressed block by block from disk: the same as in memory, whenever it is killed, and never half written."""
 
+import gc
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import small_models
 import tiny
+from echelon.calibrate import Moments
 from echelon.compress import SVD, LoRD, SliceGPT, compress_checkpoint
 from echelon.errors import UserError
 from echelon.models.families import UnsupportedFamily
@@ -86,6 +88,26 @@ def test_it_is_what_memory_would_have_made(family, name, tmp_path):
         assert told == pytest.approx(theirs["modules"][module], rel=1e-4, abs=1e-6), module
     assert sorted(os.listdir(tmp_path)) == ["memory", "out", "source"]
     assert {file.name for file in (tmp_path / "memory").iterdir()} - {"model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_of_the_layers_that_are_done_neither_statistics_nor_dense_weights_are_kept(tmp_path, monkeypatch):
+    config = transformers.LlamaConfig(**tiny.SPECIAL, **small_models.WIDE | {"num_hidden_layers": 6}, **small_models.GROUPED)
+    with torch.random.fork_rng():
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    kept = []
+    convert = LoRD.convert
+
+    def counting(self, *arguments):
+        alive = gc.get_objects()
+        dense = [o for o in alive if type(o) is torch.nn.Linear and not o.weight.is_meta]
+        kept.append((sum(isinstance(o, Moments) for o in alive), len(dense)))
+        return convert(self, *arguments)
+
+    monkeypatch.setattr(LoRD, "convert", counting)
+    compress_checkpoint(tmp_path / "source", METHODS["lord"], tmp_path / "out", small_models.data("llama"), seed=3)
+    first, last = kept[:7], kept[-7:]
+    assert len(kept) == 42 and max(count for count, _ in last) <= max(count for count, _ in first)
+    assert max(count for _, count in last) <= max(count for _, count in first)
 
 
 def test_half_precision_is_kept_and_near_what_memory_makes(tmp_path):

@@ -111,6 +111,7 @@ def compress_checkpoint(
             state = stream.state({name: walk.notes(name) for name in stream.scans})
             chosen, specs = _settle(compressor, job, state, parameters, bytes)
             stream.begin(chosen, specs, state)
+            del state  # it would keep every layer's statistics and dense weights to the end
             walk.go("blocks", stream, stream.work, final=True)
             _finish(walk, chosen, specs, tokenizer, source)
         journal.publish(out)
