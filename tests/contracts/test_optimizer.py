@@ -17,7 +17,7 @@ from echelon.train.optimizers import Stepper
 
 METHODS = [card.name for card in cards("optimizer")]
 # Settings under which something happens within a few steps on tiny models; a method gets those that it has a field for.
-SMALL = {"lr": 0.01, "rank": 4, "update_proj_gap": 3, "weight_decay": 0.01}
+SMALL = {"lr": 0.01, "rank": 4, "update_proj_gap": 3, "weight_decay": 0.01, "mode": "reparam_optim", "adam_lr": 0.01}
 FAMILIES = ["llama", "qwen2", "gpt2", "opt", "gpt_neox", "bert"]
 every_method = pytest.mark.parametrize("name", METHODS)
 

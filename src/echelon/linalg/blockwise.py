@@ -1,4 +1,4 @@
-"""Eight bits a number, in blocks: how optimizers store their moments.
+"""Eight bits a number, in blocks: how optimizers store their moments. And four or eight bits, by rows: how they store what projection left out.
 
 Source: "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861: each block is divided by its largest magnitude and rounded to the
 nearest of 256 levels that stand closer together near zero (dynamic tree quantisation).
@@ -9,6 +9,8 @@ import functools
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from echelon.linalg.quantize import pack, unpack
 
 BLOCK = 256
 
@@ -51,3 +53,27 @@ def dequantize(codes: UInt8[Tensor, "..."], scale: Float[Tensor, " blocks"], sig
     unit = levels(signed).to(codes.device)[codes.reshape(-1).int()]
     whole = torch.nn.functional.pad(unit, (0, -len(unit) % BLOCK)).view(-1, BLOCK) * scale[:, None]
     return whole.view(-1)[: len(unit)].reshape(codes.shape)
+
+
+def quantize_rows(
+    values: Float[Tensor, "m n"], bits: int
+) -> tuple[UInt8[Tensor, "m bytes"], Float[Tensor, "m 1"], Float[Tensor, "m 1"]]:  # fmt: skip
+    """Each row rounded to ``2**bits`` even levels from its least to its largest number: packed codes, the least number, and the step.
+
+    An error is at most half a step (and the rounding of the values' dtype); a row of equal numbers comes back exactly.
+
+    Args:
+        values: finite.
+        bits: 4 (two codes a byte) or 8.
+    """
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    unit = (values - low) / torch.where(step > 0, step, torch.ones_like(step))
+    return pack(unit.add_(0.5).floor_().clamp_(0, 2**bits - 1).to(torch.uint8), bits), low, step
+
+
+def dequantize_rows(
+    codes: UInt8[Tensor, "m bytes"], low: Float[Tensor, "m 1"], step: Float[Tensor, "m 1"], bits: int, length: int
+) -> Float[Tensor, "m n"]:  # fmt: skip
+    """The values that :func:`quantize_rows` stored of rows of this length, in the dtype of ``low``."""
+    return torch.addcmul(low, unpack(codes, bits, length).to(low.dtype), step)

@@ -4,7 +4,6 @@ A projector keeps its basis as plain tensors in a dictionary that the caller own
 projected follows from the shape of the gradient alone and is never guessed from the projected one.
 """
 
-import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from echelon.linalg import cosine
 from echelon.linalg.checks import one_of, whole
 
 Side = Literal["left", "right", "full"]
 SIDES = ("std", "reverse_std", "left", "right", "full")
-METHODS = ("exact", "randomized", "random")
+METHODS = ("exact", "randomized", "random", "dct")
 OVERSAMPLE, POWER_STEPS = 8, 2
 
 
@@ -36,8 +36,8 @@ class Projector:
     Attributes:
         rank: directions kept; at most the projected side.
         proj_type: side, see :func:`side_of`.
-        method: ``exact`` SVD in float32, a ``randomized`` one (range finder with 8 extra directions and 2 power steps, arXiv 0909.4061), or ``random``
-            orthonormal directions that do not look at the gradient.
+        method: ``exact`` SVD in float32, a ``randomized`` one (range finder with 8 extra directions and 2 power steps, arXiv 0909.4061), ``random``
+            orthonormal directions that do not look at the gradient, or ``dct``: those of the cosine basis in which the gradient is largest (arXiv 2505.17967).
         deterministic: turn every direction so that its entry of largest magnitude is positive. Without it the sign is the SVD routine's.
     """
 
@@ -53,7 +53,7 @@ class Projector:
         one_of("method", self.method, METHODS)
 
     def fit(self, gradient: Float[Tensor, "m n"], state: MutableMapping[str, Tensor], seed: int = 0) -> None:
-        """Choose the basis anew, into ``state``: ``right`` (n, r), ``left`` (m, r), or both, in the gradient's dtype.
+        """Choose the basis anew, into ``state``: ``right`` (n, r), ``left`` (m, r), or both, in the gradient's dtype; of ``dct``, indices (r) in their place.
 
         An all-zero gradient says nothing: the basis stays, or becomes the first unit vectors where there is none.
 
@@ -65,6 +65,9 @@ class Projector:
         side = side_of(gradient.shape, self.proj_type)  # type: ignore[arg-type]
         wanted = [name for name in ("left", "right") if side in (name, "full")]
         matrix = gradient.float() if gradient.dtype != torch.float64 else gradient
+        if self.method == "dct":
+            self._fit_cosine(matrix, wanted, state)
+            return
         if not matrix.any():
             for name in wanted:
                 size = gradient.shape[name == "right"]
@@ -76,6 +79,14 @@ class Projector:
                 top = basis.gather(0, basis.abs().argmax(0, keepdim=True))
                 basis = basis * torch.where(top < 0, -1.0, 1.0).to(basis)
             state[name] = basis.to(gradient.dtype).contiguous()
+
+    def _fit_cosine(self, matrix: Tensor, wanted: list[str], state: MutableMapping[str, Tensor]) -> None:
+        nothing = not matrix.any()
+        for name in wanted:
+            size = matrix.shape[name == "right"]
+            if not nothing or name not in state:
+                state[name] = cosine.largest(cosine.coefficients(matrix, name), name, min(self.rank, *matrix.shape))
+                state[f"{name}_size"] = torch.tensor(size)
 
     def _bases(self, matrix: Tensor, wanted: list[str], seed: int) -> dict[str, Tensor]:
         small = min(matrix.shape)
@@ -99,14 +110,21 @@ class Projector:
     def down(self, gradient: Float[Tensor, "m n"], state: MutableMapping[str, Tensor]) -> Tensor:
         """The projected gradient: ``G Q`` (m, r), ``P^T G`` (r, n), or ``P^T G Q`` (r, r)."""
         if "right" in state:
-            gradient = gradient @ state["right"].to(gradient.dtype)
-        return state["left"].to(gradient.dtype).T @ gradient if "left" in state else gradient
+            gradient = gradient @ _directions(state, "right", gradient.dtype)
+        return _directions(state, "left", gradient.dtype).T @ gradient if "left" in state else gradient
 
     def up(self, low: Tensor, state: MutableMapping[str, Tensor]) -> Float[Tensor, "m n"]:
         """Back to the gradient's shape."""
         if "left" in state:
-            low = state["left"].to(low.dtype) @ low
-        return low @ state["right"].to(low.dtype).T if "right" in state else low
+            low = _directions(state, "left", low.dtype) @ low
+        return low @ _directions(state, "right", low.dtype).T if "right" in state else low
+
+
+def _directions(state: MutableMapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    kept = state[name]
+    if kept.is_floating_point():
+        return kept.to(dtype)
+    return cosine.basis(int(state[f"{name}_size"]), dtype=dtype, device=kept.device)[:, kept]
 
 
 def _range(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -129,8 +147,9 @@ def _range(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tenso
     return (long.Q * flip, short) if tall else (short, long.Q * flip)
 
 
-def clip_rank(rank: int, shape: tuple[int, int], name: str) -> int:
-    """``rank``, at most the smaller side of the matrix; said in a warning where it is less."""
-    if rank > min(shape):
-        warnings.warn(f"rank {rank} is above the smaller side of {name} {tuple(shape)}; {min(shape)} is used there", stacklevel=3)
-    return min(rank, min(shape))
+def projected_numbers(shape: tuple[int, int], rank: int, proj_type: str, method: str = "exact") -> tuple[int, tuple[int, int]]:
+    """How many numbers the basis of an ``m x n`` gradient has (of ``dct``: indices), and the shape of the projected gradient."""
+    (m, n), side = shape, side_of(shape, proj_type)
+    rank = min(rank, m, n)
+    rows, columns = (1, 1) if method == "dct" else shape
+    return {"right": (columns * rank, (m, rank)), "left": (rows * rank, (rank, n)), "full": ((rows + columns) * rank, (rank, rank))}[side]

@@ -4,7 +4,8 @@ A module is described by a spec, a JSON object ``{"kind": ..., ...}`` in ``confi
 of ``old``: a new one, or ``old`` itself given another class, other tensors or more parameters. It is called on a live model when that is compressed, and on a
 skeleton on the meta device when it is loaded again, so it makes its tensors with :func:`like` and leaves their values alone.
 
-A kind named ``module.word`` is declared in ``echelon/compress/module.py`` or ``echelon/train/layers/module.py``, which is imported when such a spec is met.
+A kind named ``module.word`` is declared in ``module.py`` of ``echelon/models``, ``echelon/compress`` or ``echelon/train/layers``, which is imported when such a
+spec is met.
 """
 
 import importlib
@@ -40,7 +41,7 @@ def build(spec: Spec, old: nn.Module) -> nn.Module:
     """
     name = spec["kind"]
     if name not in KINDS and re.fullmatch(r"[a-z_]+\.[a-z_]+", name):
-        for package in ("compress", "train.layers"):
+        for package in ("models", "compress", "train.layers"):
             module = f"echelon.{package}.{name.partition('.')[0]}"
             if importlib.util.find_spec(module) is not None:
                 importlib.import_module(module)

@@ -3,7 +3,13 @@
 import importlib
 from typing import Any
 
-_LAZY = {"LayerMethod": "base", "merge": "base", "reset_moments": "base", "Restarts": "restarts", "refactor": "restarts", "LowRank": "low_rank"}
+_LAZY = {
+    "LayerMethod": "base", "merge": "base", "reset_moments": "base", "Restarts": "restarts", "refactor": "restarts", "LowRank": "low_rank",
+    "LoRA": "lora", "ReLoRA": "lora",
+    "SLTrain": "sltrain", "SparseLowRankLinear": "sltrain", "SST": "sst", "SpectralLinear": "sst", "truncate": "sst", "LorentzLinear": "lorentz",
+    "TRP": "trp", "decompose": "trp", "Maestro": "maestro", "ordered_dropout": "ordered", "set_rank_budget": "ordered", "export": "ordered",
+    "reestimate_batch_norm": "batch_norm",
+}  # fmt: skip
 __all__ = sorted(_LAZY)
 
 

@@ -72,23 +72,34 @@ class LayerMethod(ABC):
             generator: of this layer alone.
         """
 
-    def convert(self, model: nn.Module) -> list[str]:
-        """Swap the target layers in place; their names.
-
-        A ``PreTrainedModel`` keeps note in its config, so that it saves and loads like any other after ``import echelon``.
+    def targets(self, model: nn.Module) -> list[str]:
+        """Names of the layers that are meant, in the model's order.
 
         Raises:
-            ValueError: if there is no target, or the knobs do not suit one.
+            ValueError: if there is none.
         """
         names, skipped = linear_targets(model, self.target_modules, self.convolutions)
         if not names:
             raise ValueError(f"target_modules is {self.target_modules!r}; none of these layers can be converted: {skipped or 'there are none'}")
+        return names
+
+    def convert(self, model: nn.Module) -> list[str]:
+        """Swap the target layers in place; their names.
+
+        A ``PreTrainedModel`` keeps note in its config, so that it saves and loads like any other after ``import echelon``. On the meta device layers get their
+        shapes only.
+
+        Raises:
+            ValueError: if there is no target, or the knobs do not suit one.
+        """
+        names = self.targets(model)
         specs = {name: self.spec(name, model.get_submodule(name)) for name in names}
         for number, (name, spec) in enumerate(specs.items()):
             old = model.get_submodule(name)
             new = build(spec, old)
-            with torch.no_grad():
-                self.fill(new, old, torch.Generator().manual_seed(1000 * self.seed + number))
+            if not any(p.is_meta for p in old.parameters()):  # on the meta device there is nothing to fill with
+                with torch.no_grad():
+                    self.fill(new, old, torch.Generator().manual_seed(1000 * self.seed + number))
             put(model, name, new)
         if isinstance(model, PreTrainedModel):
             attach(model, specs, {"method": getattr(self, "method_name", ""), **dataclasses.asdict(self)})
@@ -154,6 +165,26 @@ def merge(model: nn.Module) -> list[str]:
     if noted is not None and isinstance(model, PreTrainedModel):
         detach(model)
     return names
+
+
+def stored(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Where the value of a parameter is kept: the optimizer's float32 copy if it has one, else the parameter itself."""
+    return getattr(optimizer, "optimizer", optimizer).state.get(parameter, {}).get("master", parameter)
+
+
+@torch.no_grad()
+def rewrite(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter between two steps, and the optimizer's float32 copy of it, which would undo that."""
+    stored(optimizer, parameter).copy_(value)
+    parameter.copy_(value)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """The input of a hand-written product in the dtype that ``F.linear`` would take under autocast; unchanged outside of it."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def reset_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] | None = None, step_counter: bool = True) -> None:

@@ -46,21 +46,35 @@ class Restarts(LayerMethod):
 
     def lr_scale(self, step: int, base: LearningRate) -> float:
         """The schedule, with a ramp of ``recovery_steps`` behind every reset: from ``recovery_start`` of what the schedule says at its end."""
-        if not self.reset_every or step < self.reset_every or self.recovery_steps == 0:
-            return base(step)
-        last = step // self.reset_every * self.reset_every
-        inside = step - last
-        if inside >= self.recovery_steps:
-            return base(step)
-        share = inside / max(1, self.recovery_steps - 1)
-        return base(last + self.recovery_steps) * (self.recovery_start + (1 - self.recovery_start) * share)
+        return recovery(step, base, self.reset_every, self.recovery_steps, self.recovery_start)
 
     def end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         if self.refactor_every and step % self.refactor_every == 0:
-            for up, down in self.factors(model):
-                refactor(up, down)
+            state = getattr(optimizer, "optimizer", optimizer).state
+            for pair in self.factors(model):
+                kept = [state.get(factor, {}).get("master", factor) for factor in pair]  # float32 copies, which the next step starts from
+                refactor(*kept)
+                for factor, exact in zip(pair, kept, strict=True):
+                    factor.data.copy_(exact)
         if self.reset_every and step % self.reset_every == 0:
             reset_moments(optimizer, step_counter=self.reset_step_counter)
+
+
+def recovery(step: int, base: LearningRate, every: int, steps: int, start: float) -> float:
+    """A schedule with a linear ramp behind every restart, from ``start`` of what the schedule says at the ramp's end.
+
+    Args:
+        step: optimizer steps done.
+        base: the schedule.
+        every: optimizer steps between two restarts; 0 for none. The first one is after that many.
+        steps: of the ramp.
+        start: share of its target.
+    """
+    last = step // every * every if every else 0
+    inside = step - last
+    if last == 0 or inside >= steps:
+        return base(step)
+    return base(last + steps) * (start + (1 - start) * inside / max(1, steps - 1))
 
 
 @torch.no_grad()

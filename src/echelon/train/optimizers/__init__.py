@@ -3,7 +3,10 @@
 import importlib
 from typing import Any
 
-_LAZY = {"OptimizerMethod": "base", "ProjectedMethod": "base", "Stepper": "base", "AdamW": "adamw", "Adafactor": "adafactor", "GaLore": "galore"}
+_LAZY = {
+    "OptimizerMethod": "base", "ProjectedMethod": "base", "Stepper": "base", "AdamW": "adamw", "Adafactor": "adafactor", "GaLore": "galore",
+    "DCTAdamW": "dct_adamw", "Trion": "trion", "Fira": "fira", "NormGrowthLimiter": "limiter", "GradNormLoRP": "gradnormlorp",
+}  # fmt: skip
 __all__ = sorted(_LAZY)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echelon.registry import method
 from echelon.train.optimizers.base import OptimizerMethod, decay
-from echelon.train.optimizers.moments import State, adafactor_direction
+from echelon.train.optimizers.moments import State, adafactor_direction, adafactor_numbers
 
 
 @method(
@@ -29,3 +29,6 @@ class Adafactor(OptimizerMethod):
         update = adafactor_direction(gradient, state, knobs)
         decay(weight, knobs)
         weight.sub_(update)
+
+    def state_numbers(self, shape: tuple[int, ...], rank: int | None = None) -> int:
+        return adafactor_numbers(shape, self.betas[0] > 0)

@@ -26,3 +26,6 @@ class AdamW(OptimizerMethod):
     def update(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
         decay(weight, knobs)
         weight.add_(adam_direction(gradient, state, knobs, corrected_eps=True), alpha=-step_size(state, knobs))
+
+    def by_number(self, knobs: Mapping[str, Any]) -> bool:
+        return True

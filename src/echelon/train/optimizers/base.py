@@ -7,18 +7,22 @@ is an ordinary optimizer: schedulers change ``param_groups[i]["lr"]``, ``state_d
 """
 
 import dataclasses
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from echelon.errors import UserError
 from echelon.linalg.checks import number, one_of, whole
-from echelon.linalg.projection import SIDES, Projector, clip_rank
+from echelon.linalg.projection import METHODS, SIDES, Projector, projected_numbers
 from echelon.models.targets import Targets, linear_targets
 from echelon.train.optimizers.moments import State, adam_direction, step_size
 
@@ -89,6 +93,22 @@ class OptimizerMethod(ABC):
             knobs: the parameter's group.
         """
 
+    def check_target(self, name: str, shape: tuple[int, ...], knobs: Mapping[str, Any]) -> None:  # noqa: B027 (most take every matrix)
+        """Raises: ValueError: if a target matrix does not suit the knobs of its group."""
+
+    def state_numbers(self, shape: tuple[int, ...], rank: int | None = None) -> int:
+        """How many numbers the method keeps for a parameter: Adam's two moments by default. Counters and the scales of blocks are left out.
+
+        Args:
+            shape: of the parameter.
+            rank: of its group, where it is a target.
+        """
+        return 2 * math.prod(shape)
+
+    def by_number(self, knobs: Mapping[str, Any]) -> bool:
+        """Whether a group's rule treats every number apart, so that a process can update its own shard of a parameter; else the whole one is gathered."""
+        return self.projects and "rank" not in knobs and type(self).update_plain is OptimizerMethod.update_plain
+
     def update_plain(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
         """AdamW as GaLore's code has it: ``eps`` beside the uncorrected root, decay behind the update."""
         weight.add_(adam_direction(gradient, state, knobs), alpha=-step_size(state, knobs))
@@ -103,7 +123,8 @@ class ProjectedMethod(OptimizerMethod):
         rank: directions kept of a gradient; at most its smaller side.
         update_proj_gap: steps between two choices of the directions.
         proj_type: side that is projected: `std` the shorter one, `reverse_std` the longer, `left`, `right`, or `full` for both.
-        projection: how directions are chosen: `exact` SVD, a `randomized` one, or `random` ones.
+        projection: how directions are chosen: `exact` SVD, a `randomized` one, `random` ones, or `dct` for those of a fixed cosine basis in which the gradient
+            is largest.
         refresh_offset: step within the gap at which directions are chosen, or `stagger` to spread the matrices over the gap (their first directions then
             come from a randomized SVD).
         deterministic: fix the signs of the directions, so that they do not depend on the SVD routine.
@@ -114,7 +135,7 @@ class ProjectedMethod(OptimizerMethod):
     rank: int = 128
     update_proj_gap: int = 200
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
-    projection: Literal["exact", "randomized", "random"] = "exact"
+    projection: Literal["exact", "randomized", "random", "dct"] = "exact"
     refresh_offset: int | Literal["stagger"] = 0
     deterministic: bool = False
     optim_target_modules: str | list[str] = "all-linear"
@@ -126,13 +147,20 @@ class ProjectedMethod(OptimizerMethod):
         whole("rank", self.rank, 1)
         whole("update_proj_gap", self.update_proj_gap, 1)
         one_of("proj_type", self.proj_type, SIDES)
-        one_of("projection", self.projection, ("exact", "randomized", "random"))
+        one_of("projection", self.projection, METHODS)
         if self.refresh_offset != "stagger":
             whole("refresh_offset", self.refresh_offset, 0, self.update_proj_gap - 1)
 
     def groups(self, model: nn.Module) -> list[Group]:
         """Two groups: the target matrices, which get a ``rank``, and all other parameters that require gradients."""
         return target_groups(model, self.optim_target_modules, self.rank)
+
+    def state_numbers(self, shape: tuple[int, ...], rank: int | None = None) -> int:
+        """Of a target: its directions, and Adam's two moments of the projected gradient."""
+        if rank is None:
+            return super().state_numbers(shape)
+        basis, low = projected_numbers((shape[0], shape[1]), rank, self.proj_type, self.projection)
+        return basis + super().state_numbers(low)
 
     def refresh(self, gradient: Float[Tensor, "m n"], state: State, knobs: Mapping[str, Any]) -> Projector:
         """The parameter's projector; its directions are chosen anew when there are none yet or the gap is over.
@@ -141,13 +169,38 @@ class ProjectedMethod(OptimizerMethod):
         """
         projector = Projector(knobs["rank"], knobs["proj_type"], knobs["projection"], knobs["deterministic"])
         count, gap = int(state["step"]) - 1, knobs["update_proj_gap"]
-        due = count % gap == int(state["offset"]) % gap
-        if count == 0 or due:
-            if not due and knobs["projection"] == "exact":
-                Projector(knobs["rank"], knobs["proj_type"], "randomized", knobs["deterministic"]).fit(gradient, state)
-            else:
-                projector.fit(gradient, state, seed=hash((knobs["seed"], int(state["index"]), count)))
+        offset = int(state["offset"]) % gap
+        due, first = count % gap == offset, count == 0 or "blank" in state
+        if first or due:
+            if first:  # a zero gradient (LoRA's A while B is zero) says nothing: the first other one chooses
+                if gradient.any():
+                    state.pop("blank", None)
+                else:
+                    state["blank"] = torch.ones((), dtype=torch.bool, device=gradient.device)
+            chosen = dataclasses.replace(projector, method="randomized") if offset and not due and knobs["projection"] == "exact" else projector
+            source = int(state["index"]) % processes()
+            shared = processes() > 1 and knobs["projection"] != "dct"  # indices of the largest coefficients are cheap and the same everywhere
+            if not shared or source == dist.get_rank():
+                chosen.fit(gradient, state, seed=hash((knobs["seed"], int(state["index"]), count)))
+            if shared:
+                share_directions(gradient, state, source)
         return projector
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share_directions(gradient: Float[Tensor, "m n"], state: State, source: int) -> None:
+    """Give every process the directions that one of them chose."""
+    widths = torch.tensor([state[side].shape[1] if side in state else 0 for side in ("left", "right")], device=gradient.device)
+    dist.broadcast(widths, source)
+    for side, size, width in zip(("left", "right"), gradient.shape, widths.tolist(), strict=True):
+        if width:
+            if dist.get_rank() != source:
+                state[side] = gradient.new_empty(size, width)
+            dist.broadcast(state[side], source)
 
 
 def decay(weight: Tensor, knobs: Mapping[str, Any]) -> None:
@@ -157,19 +210,23 @@ def decay(weight: Tensor, knobs: Mapping[str, Any]) -> None:
 
 
 def target_groups(model: nn.Module, target_modules: Targets, rank: int) -> list[Group]:
-    """Groups of named parameters: target matrices with a ``rank``, and the others.
+    """Groups of named parameters: target matrices with a ``rank``, and the others. Of a layer with a LoRA adapter of PEFT, its factors are the targets.
 
     Raises:
         ValueError: if no target requires gradients.
     """
-    names, _ = linear_targets(model, target_modules)
+    names, skipped = linear_targets(model, target_modules)
     wanted = {f"{name}.weight" for name in names}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ends = tuple(f"{name}.lora_{factor}." for name in skipped for factor in "AB")  # PEFT's layers, whose own weights are frozen
+    wanted |= {name for name, p in named if name.startswith(ends) and p.ndim == 2}
     targets = [(name, p) for name, p in named if name in wanted]
     if not targets:
         raise ValueError(f"optim_target_modules is {target_modules!r}; no matrix of these requires gradients")
-    for name, p in targets:
-        clip_rank(rank, tuple(p.shape), name)  # type: ignore[arg-type]
+    narrow = [(name, tuple(p.shape)) for name, p in targets if min(p.shape) < rank]
+    if narrow:
+        told = f"rank {rank} is above the smaller side of {len(narrow)} matrices, the first is {narrow[0][0]} {narrow[0][1]}; they keep all their directions"
+        warnings.warn(told, stacklevel=3)
     others = [(name, p) for name, p in named if name not in wanted]
     return [{"params": targets, "rank": rank}, *([{"params": others}] if others else [])]
 
@@ -187,7 +244,7 @@ class Stepper(torch.optim.Optimizer):
 
     def __init__(self, method: OptimizerMethod, parameters: Iterable[Any]):
         self.method = method
-        self._layerwise: dict[str, Any] | None = None
+        self.passes: int | None = None  # backward passes since the last step, while backward itself steps (see echelon.train.layerwise)
         knobs = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.name != "optim_target_modules"}
         rank = knobs.pop("rank", None)
         super().__init__(parameters, knobs)
@@ -202,6 +259,7 @@ class Stepper(torch.optim.Optimizer):
             for name, p in _named(group):
                 if p.ndim != 2:
                     raise ValueError(f"{name} has shape {tuple(p.shape)}; only matrices can be projected")
+                self.method.check_target(name, tuple(p.shape), group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -210,19 +268,50 @@ class Stepper(torch.optim.Optimizer):
         Raises:
             ValueError: if a gradient is sparse, NaN or infinite; nothing has changed then.
         """
+        if self.passes is not None:
+            if hasattr(self, "found_inf"):  # a GradScaler leaves it here
+                raise UserError("a GradScaler cannot be used with steps in backward: parameters have been updated before it could look at their gradients")
+            self.passes = 0
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for name, p in _named(group):
-                if p.grad is not None:
-                    check_gradient(name, p.grad)
+        self._check_gradients()
         for group in self.param_groups:
             for _, p in _named(group):
                 if p.grad is not None:
                     self._update(p, group)
         return loss
+
+    @torch.no_grad()
+    def step_one(self, parameter: Tensor) -> None:
+        """The update of one parameter that has a gradient.
+
+        Raises:
+            ValueError: if its gradient is sparse, NaN or infinite.
+        """
+        name, group = next((name, group) for group in self.param_groups for name, p in _named(group) if p is parameter)
+        assert parameter.grad is not None
+        check_gradient(name, parameter.grad)
+        self._update(parameter, group)
+
+    def _check_gradients(self) -> None:
+        error, shard = None, None
+        for group in self.param_groups:
+            for name, p in _named(group):
+                if p.grad is not None:
+                    shard = _local(p.grad) if isinstance(p.grad, DTensor) else shard
+                    try:
+                        check_gradient(name, _local(p.grad))
+                    except ValueError as found:
+                        error = error or found
+        if shard is not None:  # the shard with the NaN is one process's; all must stop
+            bad = torch.tensor(float(error is not None), device=shard.device)
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+            if bad and error is None:
+                error = ValueError("a gradient holds NaN or infinity on another process; nothing was changed")
+        if error is not None:
+            raise error
 
     def _update(self, parameter: Tensor, group: Group) -> None:
         state = self.state[parameter]
@@ -230,6 +319,26 @@ class Stepper(torch.optim.Optimizer):
             index = self._index(parameter)
             state |= {"step": torch.zeros((), dtype=torch.int64), "index": torch.tensor(index), "offset": torch.tensor(self._offset(index, group))}
         state["step"] += 1
+        assert parameter.grad is not None
+        if not isinstance(parameter, DTensor):
+            self._change(parameter, parameter.grad, state, group)
+            return
+        place: dict[str, Any] = {"device_mesh": parameter.device_mesh, "placements": parameter.placements}
+        if self.method.by_number(group) and group["state_bits"] != 8:
+            local = _local(parameter)
+            shards = {key: _local(value) for key, value in state.items()}
+            self._change(local, _local(parameter.grad), shards, group, dist.get_rank())
+            for key, value in shards.items():
+                if value.ndim and value.shape == local.shape:
+                    value = DTensor.from_local(value, **place, run_check=False, shape=parameter.shape, stride=parameter.stride())
+                state[key] = value
+        else:
+            whole = parameter.full_tensor()
+            self._change(whole, parameter.grad.full_tensor(), state, group)  # type: ignore[attr-defined]
+            _local(parameter).copy_(_local(distribute_tensor(whole, **place, src_data_rank=None)))
+
+    def _change(self, parameter: Tensor, gradient: Tensor, state: State, group: Group, shard: int = 0) -> None:
+        """One update of a parameter in any dtype."""
         wide = parameter.dtype in (torch.float32, torch.float64)
         if wide:
             weight = parameter
@@ -237,13 +346,11 @@ class Stepper(torch.optim.Optimizer):
             weight = state.setdefault("master", parameter.float())
         else:
             weight = parameter.float()
-        assert parameter.grad is not None
-        gradient = parameter.grad.to(weight.dtype)
-        (self.method.update if "rank" in group or not self.method.projects else self.method.update_plain)(weight, gradient, state, group)
+        (self.method.update if "rank" in group or not self.method.projects else self.method.update_plain)(weight, gradient.to(weight.dtype), state, group)
         if not wide:
             rounded = weight
             if group["rounding"] == "stochastic":
-                rounded = stochastic_round(weight, parameter.dtype, hash((group["seed"], int(state["index"]), int(state["step"]))))
+                rounded = stochastic_round(weight, parameter.dtype, hash((group["seed"], int(state["index"]), int(state["step"]), shard)))
             parameter.copy_(rounded)
 
     def _index(self, parameter: Tensor) -> int:
@@ -271,13 +378,18 @@ class Stepper(torch.optim.Optimizer):
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         for number_, p in zip(numbers, order, strict=True):
             for key, value in state_dict["state"].get(number_, {}).items():
-                counter = key in ("step", "index", "offset")
+                counter = key in ("step", "index", "offset", "left_size", "right_size")
                 self.state[p][key] = value.clone() if counter else value.to(device=p.device, copy=True)
 
     def state_bytes(self) -> int:
-        """Bytes of all state tensors, counted once."""
-        found = {id(t): t for state in self.state.values() for t in state.values()}
+        """Bytes of all state tensors of this process, counted once."""
+        found = {id(t): _local(t) for state in self.state.values() for t in state.values()}
         return sum(t.numel() * t.element_size() for t in found.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a distributed tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _named(group: Group) -> Iterable[tuple[str, Tensor]]:

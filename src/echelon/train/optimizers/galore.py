@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from echelon.linalg.checks import one_of
+from echelon.linalg.projection import projected_numbers
 from echelon.registry import method
 from echelon.train.optimizers.base import ProjectedMethod, decay
-from echelon.train.optimizers.moments import State, adafactor_direction, adam_direction, step_size
+from echelon.train.optimizers.moments import State, adafactor_direction, adafactor_numbers, adam_direction, step_size
 
 
 @method(
@@ -44,9 +45,20 @@ class GaLore(ProjectedMethod):
             raise ValueError(f"scale is {self.scale!r}; it must be above 0")
         one_of("base", self.base, ("adamw", "adafactor"))
 
+    def state_numbers(self, shape: tuple[int, ...], rank: int | None = None) -> int:
+        if self.base == "adamw":
+            return super().state_numbers(shape, rank)
+        if rank is None:
+            return adafactor_numbers(shape, self.betas[0] > 0)
+        basis, low = projected_numbers((shape[0], shape[1]), rank, self.proj_type, self.projection)
+        return basis + adafactor_numbers(low, self.betas[0] > 0)
+
     def update(self, weight: Float[Tensor, "m n"], gradient: Float[Tensor, "m n"], state: State, knobs: Mapping[str, Any]) -> None:
         projector = self.refresh(gradient, state, knobs)
         self._apply(weight, projector.down(gradient, state), state, knobs, lambda low: projector.up(low, state).mul_(knobs["scale"]))
+
+    def by_number(self, knobs: Mapping[str, Any]) -> bool:
+        return "rank" not in knobs and knobs["base"] == "adamw"
 
     def update_plain(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
         self._apply(weight, gradient, state, knobs, lambda update: update)

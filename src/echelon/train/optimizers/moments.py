@@ -87,3 +87,10 @@ def adafactor_direction(gradient: Float[Tensor, "..."], state: State, knobs: Map
         write(state, "exp_avg", mean, knobs["state_bits"])
         update = mean.clone() if knobs["state_bits"] == 32 else mean
     return update
+
+
+def adafactor_numbers(shape: tuple[int, ...], momentum: bool) -> int:
+    """How many numbers Adafactor keeps: rows and columns of a matrix, all of a vector, and as many as it has for a first moment."""
+    whole = math.prod(shape)
+    second = whole // shape[-1] + whole // shape[-2] if len(shape) >= 2 else whole
+    return second + (whole if momentum else 0)
