@@ -51,6 +51,7 @@ class EchelonQuantizer(HfQuantizer):
 
     quantization_config: EchelonConfig
     made: dict[str, nn.Module]  # between the two hooks of loading
+    frozen: set[tuple[str, str]]
 
     def is_serializable(self) -> bool:
         return True
@@ -63,6 +64,8 @@ class EchelonQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("tensor parallelism (tp_plan) is not supported for compressed models; load without it, or use merge_to_dense first")
         self.made = install(model, local_names(model, self.quantization_config.modules))
+        # transformers makes new parameters of what it reads, and lets all of them train.
+        self.frozen = {(name, key) for name, module in self.made.items() for key, p in module.named_parameters() if not p.requires_grad}
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         model.is_quantized = False  # else model.float() and training are refused
@@ -71,7 +74,9 @@ class EchelonQuantizer(HfQuantizer):
                 # transformers marks what it has read from a file; the rest it fills with random numbers and a mere warning.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise ValueError(f"the checkpoint has no tensor {name}.{key}; it is incomplete")
-        del self.made
+                if (name, key) in self.frozen:
+                    tensor.requires_grad_(False)
+        del self.made, self.frozen
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         refresh(model)  # ranks may have grown since, by merged adapters
@@ -108,6 +113,17 @@ def detach(model: "PreTrainedModel") -> None:
     for owner, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config"), (model, "quantization_method")):
         if hasattr(owner, attribute):
             delattr(owner, attribute)
+
+
+def renote(model: "PreTrainedModel", modules: Mapping[str, Spec | None]) -> None:
+    """Note that noted modules became something else: another spec, or None for dense again. With none left the model is an ordinary one."""
+    noted = getattr(model.config, "quantization_config", None)
+    if not isinstance(noted, EchelonConfig):
+        return
+    known = local_names(model, noted.modules) | dict(modules)
+    noted.modules = {name: spec for name, spec in known.items() if spec is not None}
+    if not noted.modules:
+        detach(model)
 
 
 def refresh(model: "PreTrainedModel") -> None:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from echelon.linalg.checks import number, one_of, whole
 from echelon.linalg.lowrank import svd
 from echelon.models.layers import LowRankLinear, Spec, build, dense_module, dense_weight, kind, like, put
-from echelon.models.reload import attach, detach, local_names
+from echelon.models.reload import renote
 from echelon.models.targets import linear_targets
 from echelon.registry import method
 from echelon.train.layers.base import LayerMethod, LearningRate, autocast_input, converted, merge, reset_moments
@@ -402,11 +402,6 @@ def truncate(model: nn.Module, rank: int | None = None, energy: float | None = N
         factors = svd(weight, kept, balance="sqrt")
         new.fill(factors.up, factors.down, layer.bias)
         put(model, name, new)
-    if isinstance(model, PreTrainedModel) and layers:
-        noted = model.config.quantization_config  # type: ignore[union-attr]
-        others = {name: spec for name, spec in local_names(model, noted.modules).items() if name not in layers}
-        detach(model)
-        if others | specs:
-            attach(model, others | specs, {"method": "sst", "rank": rank, "energy": energy})
-            model.config.quantization_config.provenance[:0] = noted.provenance  # type: ignore[union-attr]
+    if isinstance(model, PreTrainedModel):
+        renote(model, {name: specs.get(name) for name in layers})
     return {name: spec["rank"] for name, spec in specs.items()}
