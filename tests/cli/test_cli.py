@@ -83,7 +83,7 @@ def test_a_card_shows_paper_knobs_and_where_to_import_it(echelon):
         (["methods", "nucleus", "--kind", "scorer"], "nucleus is no scorer; it is a decoder"),
         (["methods", "rankgen", "nucleus"], "unknown argument 'nucleus'"),
         (["generate", "--method", "nuclues", "x"], "unknown decoder 'nuclues' (did you mean 'nucleus'?)"),
-        (["train", "--method", "rankgn"], "unknown trainer 'rankgn' (did you mean 'rankgen'?)"),
+        (["train", "--method", "rankgn"], "unknown trainer, optimizer or layer 'rankgn' (did you mean 'rankgen'?)"),
         (["evaluate", "--method", "sufix_identification"], "unknown benchmark 'sufix_identification' (did you mean 'suffix_identification'?)"),
         (["generate", "--sed", "2", "x"], "unknown option '--sed' (did you mean '--seed'?)"),
         (["generate", "--max-new-token=2", "x"], "unknown option '--max_new_token' (did you mean '--max_new_tokens'?)"),

@@ -16,7 +16,7 @@ VERBS = {
     "methods": "list the methods, or show one method's card",
     "compare": "run a bake-off and write its report",
     "generate": "continue a prompt with any decoder",
-    "train": "train a ranker on your corpus",
+    "train": "train a language model by any method, or a ranker, on your corpus",
     "compress": "make a model smaller",
     "evaluate": "run a benchmark, or score texts that you have",
 }

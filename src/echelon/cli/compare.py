@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     from echelon.compare import recommend, write_report
     from echelon.compare.runner import compare
     from echelon.compare.statistics import summary_of
-    from echelon.compare.table import terminal
+    from echelon.compare.table import notes, terminal
 
     try:
         with progress() as bar:
@@ -85,6 +85,7 @@ def run(arguments: Sequence[str]) -> int:
             print(json.dumps(result, sort_keys=True))
     else:
         Console(width=None if sys.stdout.isatty() else 160).print(terminal(summary))
+        print("".join(f"- {note}\n" for note in notes(summary)), end="")
         print(advice.text)
         print(f"\nreport: {out / 'report.html'}", file=sys.stderr)
     if options.against:

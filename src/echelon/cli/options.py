@@ -18,7 +18,7 @@ from echelon.errors import UserError
 
 
 def parse(
-    verb: str, description: str, options: type, kind: str, arguments: Sequence[str], positional: tuple[str, str] | None = None,
+    verb: str, description: str, options: type, kind: str | Sequence[str], arguments: Sequence[str], positional: tuple[str, str] | None = None,
     default_method: str | None = None,
 ) -> tuple[Any, Any, list[str]]:
     """Parse ``--method X --method.knob v`` and a verb's own options.
@@ -27,7 +27,7 @@ def parse(
         verb: its name, for the usage line.
         description: one sentence for ``--help``.
         options: dataclass of the verb's own options.
-        kind: registry kind that ``--method`` picks from; empty for a verb without methods.
+        kind: registry kind that ``--method`` picks from, or several that share no name; empty for a verb without methods.
         arguments: what stands after the verb.
         positional: name and help of the positional words, if the verb takes any.
         default_method: the method when ``--method`` is not given.
@@ -40,6 +40,7 @@ def parse(
         UserError: on an unknown option or method, with the nearest legal one.
         ValueError: from a method whose knob is out of range.
     """
+    kinds = [kind] if isinstance(kind, str) and kind else list(kind)
     first = OneLineParser(add_help=False, allow_abbrev=False)
     if kind:
         first.add_argument("--method", default=default_method)
@@ -47,12 +48,12 @@ def parse(
     picked = getattr(chosen, "method", None)
     parser = ArgumentParser(prog=f"echelon {verb}", description=description, exit_on_error=False, parser_mode="yaml")
     if kind:
-        names = ", ".join(card.name for card in registry.cards(kind))
+        names = ", ".join(card.name for each in kinds for card in registry.cards(each))
         parser.add_argument("--method", help=f"one of: {names} (default: {default_method}); add it before --help to see its knobs")
     if positional:
         parser.add_argument(positional[0], nargs="*", default=[], help=positional[1])
     parser.add_class_arguments(options, as_group=False)
-    cls = registry.get(picked, kind) if picked else None
+    cls = registry.get(picked, kind_of(picked, kinds)) if picked else None
     if cls is not None:
         quiet_libraries()
         parser.add_class_arguments(cls, "method_knobs", fail_untyped=False)
@@ -67,6 +68,19 @@ def parse(
         filled = parser.instantiate_classes(parser.parse_args(rest))
     own = options(**{name: filled[name] for name in [field.name for field in dataclasses.fields(options)]})
     return own, filled.get("method_knobs"), list(filled[positional[0]]) if positional else []
+
+
+def kind_of(name: str, kinds: Sequence[str]) -> str:
+    """The one of these kinds that a method is of.
+
+    Raises:
+        UserError: if none of them has it; the nearest name is suggested.
+    """
+    pool = {card.name: each for each in kinds for card in registry.cards(each)}
+    if name not in pool:
+        told = f"unknown {' or '.join([', '.join(kinds[:-1]), kinds[-1]][len(kinds) < 2 :])} {name!r}{registry.suggest(name, pool)}"
+        raise UserError(f"{told}; see `echelon methods{' --kind ' + kinds[0] if len(kinds) == 1 else ''}`")
+    return pool[name]
 
 
 def _spelled_out(words: list[str], parser: ArgumentParser) -> list[str]:

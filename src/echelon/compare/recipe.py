@@ -25,11 +25,12 @@ TYPES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method with its knobs, under a label that is unique in the recipe."""
+    """A method with its knobs, under a label that is unique in the recipe; each knob in ``sweep`` is chosen from the values there, as its task tells."""
 
     name: str
     knobs: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ def _checked(told: dict[str, Any], where: str) -> Recipe:
             raise UserError(f"{where}: {key} is {told[key]!r}; it must be a {kind.__name__}")
     task = load_task(told["task"])
     methods = [_method(entry, number, task.kind, where) for number, entry in enumerate(told.pop("methods"), 1)]
+    for entry in methods:
+        if entry.sweep and not getattr(task, "sweeps", False):
+            raise UserError(f"{where}: {entry.label} has a sweep; the methods of this task are not tuned")
     recipe = Recipe(methods=methods, **told)
     labels = [entry.label for entry in methods]
     if not methods:
@@ -148,7 +152,12 @@ def _method(told: Any, number: int, kind: str, where: str) -> MethodEntry:
     if not isinstance(told, dict) or "name" not in told:
         raise UserError(f"{where}: method {number} is {told!r}; it must be a name, or a mapping with a name")
     _known(told, [f.name for f in fields(MethodEntry)], f"{where}, method {number}")
-    entry = MethodEntry(told["name"], dict(told.get("knobs") or {}), str(told.get("label") or told["name"]))
+    entry = MethodEntry(told["name"], dict(told.get("knobs") or {}), str(told.get("label") or told["name"]), dict(told.get("sweep") or {}))
+    for knob, values in entry.sweep.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}: the sweep of {entry.label} has {knob} {values!r}; it must be a list of values")
+        if knob in entry.knobs:
+            raise UserError(f"{where}: {knob} of {entry.label} stands under knobs and under sweep; leave one of them out")
     if kind:
         build(entry.name, kind, entry.knobs)  # names and ranges of knobs
     return entry

@@ -51,7 +51,7 @@ def page(summary: Summary, advice: Recommendation) -> str:
         curves=_curves(summary),
         texts_note=_e(f"The same {summary.unit}s for all, first seed; {min(SHOWN, len(summary.texts))} of {len(summary.texts)} shown."),
         texts=_texts(summary, advice.label),
-        knobs="".join(f"<dt>{_e(row.label)}</dt><dd>{_e(row.method)} {_e(json.dumps(_knobs(row)))}</dd>" for row in summary.rows),
+        knobs="".join(f"<dt>{_e(row.label)}</dt><dd>{_e(row.method)} {_e(json.dumps(_knobs(row)))}{_notes(row)}</dd>" for row in summary.rows),
         measured="".join(f"<dt>{_e(heading(name))}</dt><dd>{_e(held.note or held.unit)}</dd>" for name, held in summary.metrics.items()),
         identity="".join(f"<dt>{_e(name)}</dt><dd>{_e(_flat(value))}</dd>" for name, value in _identity(summary).items()),
     )
@@ -112,10 +112,14 @@ def _knobs(row: Row) -> dict[str, Any]:
     from echelon.registry import named
 
     try:
-        defaults = {knob.name: knob.default for card in named(row.method) if card.kind == "decoder" for knob in card.knobs}
+        defaults = {knob.name: knob.default for card in named(row.method) if card.kind in ("decoder", "optimizer", "layer") for knob in card.knobs}
     except UserError:  # a task of the user's own has methods that are not registered
         defaults = {}
     return {**defaults, **row.knobs}
+
+
+def _notes(row: Row) -> str:
+    return "".join(f"<br>{_e(note)}" for note in row.notes)
 
 
 def _identity(summary: Summary) -> dict[str, Any]:

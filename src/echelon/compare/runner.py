@@ -49,7 +49,8 @@ def plan(recipe: Recipe) -> list[Run]:
     runs = []
     for seed in recipe.seeds:
         for entry in random.Random(seed).sample(recipe.methods, len(recipe.methods)):
-            said = json.dumps({**depends, "method": entry.name, "knobs": entry.knobs, "seed": seed}, sort_keys=True)
+            chosen = {"sweep": entry.sweep} if entry.sweep else {}
+            said = json.dumps({**depends, "method": entry.name, "knobs": entry.knobs, **chosen, "seed": seed}, sort_keys=True)
             runs.append(Run(hashlib.sha256(said.encode()).hexdigest()[:16], entry, seed))
     return runs
 
@@ -115,6 +116,7 @@ def _result(recipe: Recipe, run: Run, answer: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA, "run": {**head, "status": status, "error": answer.get("error")},
         "quality": answer.get("quality", {}), "cost": answer.get("cost", {}), "budget": answer.get("budget", {}), "curves": answer.get("curves", {}),
+        **{part: answer[part] for part in ("tuning", "notes") if answer.get(part)},
         "identity": {**machine(), "files": identities(recipe), "model": recipe.model, "scale": answer.get("scale", "")},
     }  # fmt: skip
 

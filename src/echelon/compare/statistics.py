@@ -22,7 +22,7 @@ def summary_of(out: Path, recipe: Recipe, results: Sequence[dict[str, Any]]) -> 
     task = load_task(recipe.task)
     timing = json.loads(read_text(out / "timing.json")) if (out / "timing.json").is_file() else None
     summary = summarise(results, lambda result, metric: per_unit(out, result, metric), recipe, timing=timing, reference=task.reference)
-    summary.unit, summary.cost_axis = task.unit, task.cost_axis
+    summary.unit, summary.cost_axis, summary.columns = task.unit, task.cost_axis, tuple(getattr(task, "columns", ()))
     if not any(summary.metrics[name].higher_is_better is not None for name in (summary.primary,) if name in summary.metrics):
         summary.primary = task.primary
     for result in results:
@@ -66,6 +66,8 @@ def summarise(
         rows.append(row)
         if row.status == "finished":
             runs[entry.label] = good
+            row.knobs = {**entry.knobs, **good[0].get("tuning", {}).get("chosen", {})}
+            row.notes = good[0].get("notes", [])
             names = {name for result in good for name in result["cost"]}
             row.cost = {name: float(np.median([result["cost"][name] for result in good if name in result["cost"]])) for name in sorted(names)}
             times = (timing or {}).get("rounds", {}).get(entry.label)

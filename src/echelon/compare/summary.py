@@ -41,6 +41,7 @@ class Row:
     tied_with_best: dict[str, bool] = field(default_factory=dict)
     first_share: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Summary:
         texts: by unit: ``prompt``, ``reference``, and ``texts`` by label, of the first seed.
         curves: by label: named lists of points.
         reference: method that is shown but is no candidate.
+        columns: costs worth a column beside those per unit.
     """
 
     rows: list[Row]
@@ -85,6 +87,7 @@ class Summary:
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     reference: str = ""
+    columns: tuple[str, ...] = ()
 
     @property
     def finished(self) -> list[Row]:

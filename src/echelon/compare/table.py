@@ -21,7 +21,7 @@ def cost_columns(summary: Summary) -> list[str]:
     names = {name for row in summary.finished for name in row.cost}
     per_unit = sorted((name for name in names if "_per_" in name), key=lambda name: (name != summary.cost_axis, name))
     memory = ["peak_rss_bytes"] if "peak_rss_bytes" in names and summary.recipe.get("isolation") == "process" else []
-    return per_unit + memory
+    return per_unit + [name for name in summary.columns if name in names] + memory
 
 
 def cost_cell(row: Row, name: str) -> str:
@@ -37,6 +37,11 @@ def heading(name: str) -> str:
 def legend(summary: Summary) -> str:
     base = f"±: half a 95 % interval over {summary.unit}s"
     return f"{base}; *: best; =: not told apart from the best; metrics without * or = have no better direction, or no {summary.unit}s to test"
+
+
+def notes(summary: Summary) -> list[str]:
+    """What stands beside single rows, one line each."""
+    return [f"{row.label}: {note}" for row in ranked(summary) for note in row.notes]
 
 
 def terminal(summary: Summary) -> Table:
@@ -76,7 +81,8 @@ def markdown(summary: Summary) -> str:
         cells = [_plain(row.label), *(cell(summary, row, m) for m in summary.metrics), *(cost_cell(row, c) for c in costs)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"| {_plain(row.label)} | failed: {_plain(row.error or '')} |" + " |" * (len(head) - 2) for row in summary.failed]
-    return "\n".join(lines) + f"\n\n{legend(summary)}. {summary.scale}.\n"
+    told = "".join(f"\n- {note}" for note in notes(summary))
+    return "\n".join(lines) + f"\n\n{legend(summary)}. {summary.scale}.\n" + (f"{told}\n" if told else "")
 
 
 def _plain(text: str) -> str:

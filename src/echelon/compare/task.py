@@ -32,6 +32,8 @@ class Outcome:
         budget: ``unit``, ``allowed`` and ``used``.
         samples: objects with ``unit``, ``prompt``, ``reference`` and ``text``, the same units for all methods.
         curves: named lists of [x, y] points.
+        tuning: ``chosen`` knobs, what was ``tried``, and what that took; empty where nothing was.
+        notes: sentences to be read beside the row.
     """
 
     quality: dict[str, Quality]
@@ -39,6 +41,8 @@ class Outcome:
     budget: dict[str, Any]
     samples: list[dict[str, str]] = field(default_factory=list)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Task(Protocol):
@@ -50,6 +54,8 @@ class Task(Protocol):
         cost_axis: name of the cost on the plot.
         primary: metric that the recommendation is about when the recipe names none.
         reference: method that is shown beside the others and never recommended; empty for none.
+
+    A task whose methods may be tuned has ``sweeps = True``; one with costs worth a column beside those per unit names them in ``columns``.
     """
 
     kind: str

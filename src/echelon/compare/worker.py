@@ -75,7 +75,8 @@ def store(outcome: Outcome, out: Path, key: str, seconds: float) -> dict[str, An
         for name, q in outcome.quality.items()
     }  # fmt: skip
     cost = {**outcome.cost, "wall_s": seconds, "maxrss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return {"quality": measured, "cost": cost, "budget": outcome.budget, "curves": outcome.curves}
+    made = {"quality": measured, "cost": cost, "budget": outcome.budget, "curves": outcome.curves}
+    return made | ({"tuning": outcome.tuning} if outcome.tuning else {}) | ({"notes": outcome.notes} if outcome.notes else {})
 
 
 def main() -> None:

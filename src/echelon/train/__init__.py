@@ -1,9 +1,12 @@
-"""Training: RankGen on your own corpus."""
+"""Training: language models by any optimizer or parameterisation (:mod:`echelon.train.language`), RankGen, and click models."""
 
 import importlib
 from typing import Any
 
-_LAZY = {"RankGenTrainer": "rankgen", "contrastive_loss": "rankgen", "CTRTrainer": "ctr", "fit": "ctr"}
+_LAZY = {
+    "RankGenTrainer": "rankgen", "contrastive_loss": "rankgen", "CTRTrainer": "ctr", "fit": "ctr", "Training": "training", "MethodCallback": "trainer",
+    "learning_rate": "trainer", "step_in_backward": "layerwise", "packed_rows": "rows", "document_rows": "rows", "held_out_loss": "rows",
+}  # fmt: skip
 __all__ = sorted(_LAZY)
 
 

@@ -17,17 +17,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from echelon.compare.documents import PASSAGES, losses
 from echelon.compare.task import Outcome, Quality
 from echelon.compress import Compressed, recover
-from echelon.data import passages as shipped
 from echelon.data.files import read_texts
 from echelon.data.passages import passages
 from echelon.errors import UserError
-from echelon.evaluate.likelihood import token_scores
 from echelon.models import LoadedModel, load
 from echelon.registry import build, suggest
 
-PASSAGES = Path(shipped.__file__).parent
 DENSE = "dense"
 BUDGET = {"parameters": [0.9, 0.8, 0.7, 0.6], "recover_steps": 0, "recover_lr": 5e-4}
 DATA = {"calibration": "passages", "test": "passages", "documents": 0}
@@ -155,10 +153,7 @@ class Task:
         return made
 
     def _measure(self, loaded: LoadedModel, documents: list[str], percent: int) -> dict[str, Quality]:
-        scores = token_scores(loaded, documents)
-        # A document counts by its tokens: the mean over documents is then the loss over all tokens.
-        per_document = -scores.log_prob / scores.tokens.mean()
-        loss = float(per_document.mean())
+        per_document, loss = losses(loaded, documents)
         note = f"held-out loss at {percent} % of the parameters, documents weighted by their tokens; perplexity {np.exp(loss):.2f} for this run"
         return {f"loss_{percent}": Quality(loss, "nats/token", False, per_document, note)}
 

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.linalg.checks import number, whole
 from echelon.train.layers.base import LayerMethod, LearningRate, reset_moments
+from echelon.train.optimizers.base import processes
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def recovery(step: int, base: LearningRate, every: int, steps: int, start: float
 def refactor(up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]) -> None:
     """Split the product anew, in place: ``B = U sqrt(S)``, ``A = sqrt(S) V^T``, so that ``B^T B = A A^T = S``, descending.
 
-    By QR of both factors and an SVD of r x r, in float32 at least; the cost is (out + in) r^2.
+    By QR of both factors and an SVD of r x r, in float32 at least; the cost is (out + in) r^2. Processes that train together all take the first one's factors,
+    since the signs are the SVD routine's.
     """
     dtype = torch.promote_types(up.dtype, torch.float32)
     left, right = torch.linalg.qr(up.to(dtype)), torch.linalg.qr(down.to(dtype).T)
@@ -90,3 +93,8 @@ def refactor(up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]) -> None:
     wide = up.shape[1] - len(values)  # more directions than the matrix has: the rest is zero
     up.copy_(nn.functional.pad(left.Q @ inner * root, (0, wide)))
     down.copy_(nn.functional.pad(root[:, None] * (turned @ right.Q.T), (0, 0, 0, wide)))
+    if processes() > 1:
+        for factor in (up, down):
+            first = factor.detach().contiguous()  # a factor may be a part of a larger one
+            dist.broadcast(first, 0)
+            factor.copy_(first)

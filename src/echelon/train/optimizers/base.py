@@ -78,6 +78,10 @@ class OptimizerMethod(ABC):
         """
         return Stepper(self, self.groups(parameters) if isinstance(parameters, nn.Module) else parameters)
 
+    def prepare(self, model: Any) -> Any:
+        """What is trained in the place of a model: the model itself, unless the method brings an adapter."""
+        return model
+
     def groups(self, model: nn.Module) -> list[Group]:
         """Parameter groups of a model: all that require gradients, in one group."""
         return [{"params": [(name, p) for name, p in model.named_parameters() if p.requires_grad]}]

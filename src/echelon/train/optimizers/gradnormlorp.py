@@ -117,6 +117,9 @@ class GradNormLoRP(ProjectedMethod):
             raise ValueError("the PEFT model has no DoRA adapter on a linear layer; give one with use_dora=True, or the model without adapter")
         return model  # type: ignore[return-value]
 
+    def prepare(self, model: Any) -> Any:
+        return self.adapt(model) if self.mode == "adapter" else model
+
     def groups(self, model: nn.Module) -> list[Group]:
         """The factors of the adapter, which get a ``rank``; its magnitudes, without decay; all others. Without adapter: target matrices, and all others.
 
