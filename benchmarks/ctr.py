@@ -21,7 +21,7 @@ from echelon.compress import FeatureMimic
 from echelon.data.clicks import Clicks, ClickSchema, synthetic_log
 from echelon.data.files import write_whole
 from echelon.models.ctr import ARCHITECTURES, click_metrics, new_ctr
-from echelon.train import fit
+from echelon.train import fit_clicks
 
 RESULTS = Path(__file__).parent / "results" / "ctr.md"
 EPOCHS, TUNING, WIDTH, RANK, RATE = 1, 1, 16, 4, 3e-3
@@ -41,19 +41,19 @@ def run(name: str, schema: ClickSchema, train: Clicks, test: Clicks, seed: int, 
 
     sizes = {"hidden_sizes": hidden} | ({"cin_sizes": [16, 16]} if name == "xdeepfm" else {})
     base = new_ctr(name, schema, seed, embedding_dim=WIDTH, **sizes)
-    fit(base, train, epochs=EPOCHS, learning_rate=RATE, seed=seed)
+    fit_clicks(base, train, epochs=EPOCHS, learning_rate=RATE, seed=seed)
     note(base)
     longer = copy.deepcopy(base)
-    fit(longer, train, epochs=TUNING, learning_rate=RATE / 3, seed=seed + 100)
+    fit_clicks(longer, train, epochs=TUNING, learning_rate=RATE / 3, seed=seed + 100)
     note(longer)
     small = new_ctr(name, schema, seed, embedding_dim=RANK, **sizes)
-    fit(small, train, epochs=EPOCHS, learning_rate=RATE, seed=seed)
-    fit(small, train, epochs=TUNING, learning_rate=RATE / 3, seed=seed + 100)
+    fit_clicks(small, train, epochs=EPOCHS, learning_rate=RATE, seed=seed)
+    fit_clicks(small, train, epochs=TUNING, learning_rate=RATE / 3, seed=seed + 100)
     note(small)
     for activation in ("none", "same"):
         mimicked = FeatureMimic(embedding_rank=RANK, inter_activation=activation).compress(copy.deepcopy(base), train).model
         note(mimicked)
-        fit(mimicked, train, epochs=TUNING, learning_rate=RATE / 3, seed=seed + 100)
+        fit_clicks(mimicked, train, epochs=TUNING, learning_rate=RATE / 3, seed=seed + 100)
         note(mimicked)
     return made
 

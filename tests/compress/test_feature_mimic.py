@@ -16,7 +16,7 @@ from echelon.compress.mimicked import MimickedLinear, MimickedTables
 from echelon.data.clicks import Clicks
 from echelon.linalg.tables import table_spread
 from echelon.models.ctr import ARCHITECTURES, DeepFM, load_ctr
-from echelon.train import fit
+from echelon.train import fit_clicks
 
 MIDDLE = "deep.linears.1"
 every_model = pytest.mark.parametrize("name", list(ARCHITECTURES))
@@ -219,7 +219,7 @@ def test_with_an_activation_in_between_the_layer_is_the_papers_and_no_unit_start
 
 def test_a_batch_norm_stays_behind_the_second_factor():
     model = small_clicks.model(batch_norm=True)
-    fit(model, clicks().sample(500), epochs=1, batch_size=100)
+    fit_clicks(model, clicks().sample(500), epochs=1, batch_size=100)
     norms = copy.deepcopy(model.deep.norms)
     deep = mimic(model, skip=("last",)).model.deep
     x = torch.randn(50, deep.linears[0].in_features, generator=torch.Generator().manual_seed(0))
@@ -238,7 +238,7 @@ def test_saved_loaded_tuned_and_saved_again(name, activation, tmp_path):
     made.save(tmp_path / "a", schema)
     model, read = load_ctr(tmp_path / "a")
     assert read == schema and torch.equal(small_clicks.logits(model, log), small_clicks.logits(made.model, log))
-    losses = fit(model, log, epochs=3, learning_rate=3e-3, seed=2)
+    losses = fit_clicks(model, log, epochs=3, learning_rate=3e-3, seed=2)
     assert losses[-1] < losses[0]
     assert not any(table.weight[0].any() for table in model.embedding.tables)
     model.save_pretrained(tmp_path / "b")

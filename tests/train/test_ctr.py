@@ -11,7 +11,7 @@ import small_clicks
 from echelon.data.clicks import ClickSchema, synthetic_log
 from echelon.errors import UserError
 from echelon.models.ctr import ARCHITECTURES, click_metrics, load_ctr, new_ctr
-from echelon.train import CTRTrainer, fit
+from echelon.train import CTRTrainer, fit_clicks
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_it_learns_well_above_chance_and_not_above_the_truth(name, made_up):
     schema, train, test, chances = made_up
     model = new_ctr(name, schema, hidden_sizes=[32, 16], embedding_dim=8)
     before = click_metrics(model, test)["auc"]
-    fit(model, train, epochs=4, learning_rate=3e-3)
+    fit_clicks(model, train, epochs=4, learning_rate=3e-3)
     ceiling = roc_auc_score(test.labels.numpy(), chances)
     found = click_metrics(model, test)
     assert 0.4 < before < 0.6 and 0.65 < found["auc"] < ceiling + 0.01
@@ -43,7 +43,7 @@ def test_only_embeddings_are_penalised():
     for l2, moves in ((0.0, False), (1e-2, True)):
         model = small_clicks.model()
         before = model.embedding.tables[0].weight[never].clone()
-        fit(model, rows, batch_size=64, l2_embedding=l2)
+        fit_clicks(model, rows, batch_size=64, l2_embedding=l2)
         after = model.embedding.tables[0].weight[never]
         assert bool((after != before).any()) == moves
         if moves:  # Adam's first step goes by the rate against the sign of the gradient, here that of the weight
@@ -56,7 +56,7 @@ def test_it_is_reproducible_with_dropout_and_leaves_the_random_state_alone():
     made = []
     for seed in (1, 1, 2):
         model = small_clicks.model(dropout=0.3)
-        made.append((fit(model, clicks, seed=seed), model.output.weight.detach().clone()))
+        made.append((fit_clicks(model, clicks, seed=seed), model.output.weight.detach().clone()))
         assert not model.training
     assert torch.equal(state, torch.random.get_rng_state())
     assert made[0][0] == made[1][0] and torch.equal(made[0][1], made[1][1]) and made[0][0] != made[2][0]

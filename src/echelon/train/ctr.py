@@ -24,7 +24,7 @@ from echelon.registry import method, suggest
 Tell = Callable[[dict[str, Any]], None]
 
 
-def fit(
+def fit_clicks(
     model: CTRModel, clicks: Clicks, *, epochs: int = 1, batch_size: int = 512, learning_rate: float = 1e-3, l2_embedding: float = 1e-5, seed: int = 0,
     on_step: Tell | None = None,
 ) -> list[float]:  # fmt: skip
@@ -179,7 +179,7 @@ class CTRTrainer:
         train, valid = clicks.split(self.valid_share, seed)
         if is_ctr(model) and valid is not None:
             result |= {f"{name}_before": round(value, 5) for name, value in click_metrics(made, valid).items()}
-        losses = fit(
+        losses = fit_clicks(
             made, train, epochs=self.epochs, batch_size=self.batch_size, learning_rate=self.learning_rate, l2_embedding=self.l2_embedding, seed=seed,
             on_step=on_step,
         )  # fmt: skip
