@@ -49,7 +49,7 @@ class Task:
     cost_axis = "bytes"
     primary = "loss"
     reference = DENSE
-    columns = ("bytes", "sensitivity_class", "perplexity", "seconds_per_1k_tokens")
+    columns = ("bytes", "sensitivity_class", "perplexity")
 
     def check(self, recipe: Any) -> None:
         for key in recipe.data:
