@@ -10,7 +10,7 @@ import transformers
 
 import small_models
 from echelon.compress import PELA, LowRankLinear, WeightPerturbation, from_config
-from echelon.models.layers import factored, put
+from echelon.models.modules import factored, put
 
 
 def layer(m, p, seed=0):

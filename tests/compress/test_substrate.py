@@ -8,7 +8,7 @@ import small_models
 import tiny
 from echelon.compress import SVD, Compressor, linear_targets, size
 from echelon.compress.report import macs
-from echelon.models.layers import KINDS, LowRankLinear, install, kind
+from echelon.models.modules import KINDS, LowRankLinear, install, kind
 
 
 def ends(names):

@@ -14,7 +14,7 @@ from echelon.compress import LowRankLinear, WeLore, low_rank_parameters, merge_t
 from echelon.compress.linear import Layer
 from echelon.compress.welore import weight_hash
 from echelon.errors import UserError
-from echelon.models.layers import install
+from echelon.models.modules import install
 
 
 def matrix(values, rows, columns, seed=0):

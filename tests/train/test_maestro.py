@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 import small_models
 import small_resnet
 from echelon.models.factored_conv import FactoredConv
-from echelon.models.layers import LowRankLinear
+from echelon.models.modules import LowRankLinear
 from echelon.train.layers import Maestro, export, merge, ordered_dropout, reestimate_batch_norm, set_rank_budget
 from echelon.train.layers.maestro import distillation, proximal
 from echelon.train.layers.ordered import ordered

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import echelon  # noqa: F401 (lets from_pretrained know our layers)
 import small_models
-from echelon.models.layers import build
+from echelon.models.modules import build
 from echelon.train.layers import SLTrain, SparseLowRankLinear, merge, sltrain
 from echelon.train.optimizers import AdamW
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import echelon  # noqa: F401 (lets from_pretrained know our layers)
 import small_models
-from echelon.models.layers import LowRankLinear, build
+from echelon.models.modules import LowRankLinear, build
 from echelon.train.layers import SST, LorentzLinear, SpectralLinear, truncate
 from echelon.train.layers.base import LearningRate
 from echelon.train.layers.sst import draw, probabilities

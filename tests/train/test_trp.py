@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 import small_models
 import small_resnet
 from echelon.models.factored_conv import FactoredConv, kernel, matrices
-from echelon.models.layers import LowRankLinear, build
+from echelon.models.modules import LowRankLinear, build
 from echelon.train.layers import TRP, decompose
 from echelon.train.layers.trp import fill, parts, ranks_by
 from echelon.train.optimizers import AdamW

@@ -5,7 +5,7 @@ from typing import Any
 
 _LAZY = {
     "Compressed": "base", "Compressor": "base", "Job": "base", "Layer": "linear", "LinearCompressor": "linear",
-    "Report": "report", "linear_targets": ".models.targets", "LowRankLinear": ".models.layers", "EchelonConfig": ".models.reload",
+    "Report": "report", "linear_targets": ".models.targets", "LowRankLinear": ".models.modules", "EchelonConfig": ".models.reload",
     "from_config": ".models.reload",
     "compress_checkpoint": "streaming", "save": "export", "merge_to_dense": "export", "size": "budget", "solve": "budget",
     "lora_config": "lora", "lora_targets": "lora", "load_lora": "lora", "merge_lora": "lora",

@@ -18,7 +18,7 @@ from echelon.compress.budget import solve
 from echelon.compress.report import Report
 from echelon.models import LoadedModel, load
 from echelon.models.families import UnsupportedFamily
-from echelon.models.layers import Spec
+from echelon.models.modules import Spec
 from echelon.models.reload import EchelonConfig, attach
 
 
@@ -116,7 +116,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def specs(self, job: Job, state: Any) -> dict[str, Spec]:
-        """Name and spec (see :mod:`echelon.models.layers`) of every module that will be replaced; ``state`` is what :meth:`prepare` returned."""
+        """Name and spec (see :mod:`echelon.models.modules`) of every module that will be replaced; ``state`` is what :meth:`prepare` returned."""
 
     @abstractmethod
     def apply(self, job: Job, state: Any, specs: Mapping[str, Spec]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from echelon.models.layers import Spec, install
+from echelon.models.modules import Spec, install
 
 if TYPE_CHECKING:
     from echelon.compress.base import Compressor, Job

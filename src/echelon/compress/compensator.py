@@ -28,7 +28,7 @@ from echelon.compress.lora import lora_config
 from echelon.compress.packed import PackedLinear
 from echelon.linalg.lowrank import Factors, spectrum
 from echelon.models import LoadedModel, load
-from echelon.models.layers import LowRankLinear, dense_weight, is_linear
+from echelon.models.modules import LowRankLinear, dense_weight, is_linear
 from echelon.models.targets import Targets, blocks, linear_targets
 
 REPORT = "compensation_report.json"

@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag, linear, pad
 from echelon import linalg
 from echelon.compress.packed import PackedLinear
 from echelon.linalg.dictionary import SparseCode
-from echelon.models.layers import Spec, kind, like
+from echelon.models.modules import Spec, kind, like
 
 GATHER = 8  # a multiply-accumulate on gathered numbers takes about as long as this many in a matrix product
 

@@ -25,7 +25,7 @@ from echelon.compress.recovery import recover
 from echelon.compress.report import Report
 from echelon.linalg.checks import number, one_of
 from echelon.linalg.dictionary import SparseCode
-from echelon.models.layers import Spec, build, put
+from echelon.models.modules import Spec, build, put
 from echelon.models.reload import attach, local_names
 from echelon.models.targets import Targets
 from echelon.registry import method

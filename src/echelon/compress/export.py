@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from echelon.compress.report import Report
 from echelon.data.files import folder_whole
 from echelon.errors import UserError
-from echelon.models.layers import put
+from echelon.models.modules import put
 from echelon.models.reload import EchelonConfig, detach, local_names, refresh
 
 REPORT = "compression_report.json"

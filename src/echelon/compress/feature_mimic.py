@@ -29,7 +29,7 @@ from echelon.data.clicks import Clicks
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.tables import TableSpread, table_spread
 from echelon.models.ctr import CTRModel
-from echelon.models.layers import LowRankLinear, Spec, build, put
+from echelon.models.modules import LowRankLinear, Spec, build, put
 from echelon.models.targets import Targets, linear_targets
 from echelon.registry import method
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from echelon.compress.base import Job
 from echelon.compress.linear import Layer, places
 from echelon.models.families import UnsupportedFamily, attention_shape, family_roles
-from echelon.models.layers import LowRankLinear, Spec, build, dense_module, empty_linear, kind, like, put
+from echelon.models.modules import LowRankLinear, Spec, build, dense_module, empty_linear, kind, like, put
 
 PARTS = ("query", "key", "value")
 
@@ -95,7 +95,7 @@ def _split(spec: Spec, old: nn.Module) -> nn.Module:
 class SplitLinear(nn.Module):
     """A fused projection as three linear layers, whose outputs are put together as the model expects them.
 
-    ``weight`` is an empty buffer, as in :class:`echelon.models.layers.LowRankLinear`.
+    ``weight`` is an empty buffer, as in :class:`echelon.models.modules.LowRankLinear`.
 
     Args:
         in_features: width of the input.

@@ -19,7 +19,7 @@ from echelon.compress.linear import Layer, LinearCompressor, left_out, lowrank_s
 from echelon.compress.report import Report
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.ranks import break_even
-from echelon.models.layers import Spec, build, kind, like
+from echelon.models.modules import Spec, build, kind, like
 from echelon.models.targets import Targets, linear_targets
 from echelon.registry import method
 
@@ -166,7 +166,7 @@ def _convolution(spec: Spec, old: Any) -> nn.Module:
 class LowRankConvolution(nn.Module):
     """A convolution into ``rank`` channels a group, then one of width 1 into the outputs: the encoder and decoder of Greenformers' CED.
 
-    ``weight`` is an empty buffer, as in :class:`echelon.models.layers.LowRankLinear`.
+    ``weight`` is an empty buffer, as in :class:`echelon.models.modules.LowRankLinear`.
 
     Args:
         old: the convolution whose sizes, stride, padding, dilation and groups it has.

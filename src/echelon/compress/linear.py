@@ -15,7 +15,7 @@ from echelon.calibrate import LayerWalker, Moments, collect
 from echelon.compress.base import Compressor, Job
 from echelon.linalg.lowrank import Factors
 from echelon.linalg.ranks import break_even
-from echelon.models.layers import Spec, build, dense_weight, put
+from echelon.models.modules import Spec, build, dense_weight, put
 from echelon.models.targets import Targets, in_attention, linear_targets, matches
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 import echelon
 from echelon.compress.base import refuse
 from echelon.models.families import UnsupportedFamily
-from echelon.models.layers import Spec, install, kind, like
 from echelon.models.linformer import NAME, LinformerProjection
+from echelon.models.modules import Spec, install, kind, like
 from echelon.models.reload import attach
 from echelon.models.targets import blocks
 

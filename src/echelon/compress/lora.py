@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from echelon.compress.dense_sparse import DenseSparseLinear
 from echelon.compress.packed import PackedLinear
-from echelon.models.layers import LowRankLinear
+from echelon.models.modules import LowRankLinear
 from echelon.models.reload import refresh
 from echelon.models.targets import linear_targets
 

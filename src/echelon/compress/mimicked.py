@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from echelon.linalg.tables import TableSpread, table_codes
 from echelon.models.ctr.embedding import FieldEmbedding, look_up
-from echelon.models.layers import Spec, empty_linear, kind, like
+from echelon.models.modules import Spec, empty_linear, kind, like
 
 
 @kind("mimicked.linear")

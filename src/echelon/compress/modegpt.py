@@ -26,7 +26,7 @@ from echelon.compress.inside import Affine, Inside
 from echelon.compress.modular import ModularAttention, become_plain, refuse_plain
 from echelon.compress.schedules import block_redundancy
 from echelon.models.families import SUPPORTED, AttentionShape, Block, FamilyAdapter, UnsupportedFamily, adapter, bias, matrix, put, sizes
-from echelon.models.layers import Spec, build
+from echelon.models.modules import Spec, build
 from echelon.models.reload import detach
 from echelon.registry import method
 

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from echelon.compress.sliced import resize
 from echelon.models.families import AttentionShape, Roles, UnsupportedFamily, attention_shape, epsilon, family_roles, sizes
-from echelon.models.layers import Spec, empty_linear, kind, like
+from echelon.models.modules import Spec, empty_linear, kind, like
 
 Heads = Float[Tensor, "batch heads tokens width"]
 

@@ -1,6 +1,6 @@
 """Linear layers whose matrix is stored in fewer bits: quantised ones, and pruned ones without their zeros.
 
-Both are ``nn.Linear`` to the outside, so that PEFT finds them, with an empty ``weight`` (see :class:`echelon.models.layers.LowRankLinear`) and the bias as
+Both are ``nn.Linear`` to the outside, so that PEFT finds them, with an empty ``weight`` (see :class:`echelon.models.modules.LowRankLinear`) and the bias as
 it was. What is packed stands in integer buffers, which no cast to another dtype can change; steps and minima are the bit patterns of their
 floating-point numbers for that reason.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from echelon.linalg.quantize import Quantized, pack, quantize_activations, unpack
-from echelon.models.layers import Spec, dense_module, kind, like
+from echelon.models.modules import Spec, dense_module, kind, like
 
 _AT_ONCE = 2**24  # numbers of a matrix that are unpacked at once
 

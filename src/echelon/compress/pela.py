@@ -26,7 +26,7 @@ from echelon.compress.distill import Distillation, FeatureDistiller
 from echelon.compress.linear import Layer, LinearCompressor
 from echelon.linalg.checks import number, one_of
 from echelon.linalg.lowrank import Factors
-from echelon.models.layers import LowRankLinear, Spec, dense_weight, factored, is_linear
+from echelon.models.modules import LowRankLinear, Spec, dense_weight, factored, is_linear
 from echelon.models.targets import Targets
 from echelon.registry import method
 

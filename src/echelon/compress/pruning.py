@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.compress.base import Job
 from echelon.compress.linear import Layer, LinearCompressor, left_out
-from echelon.models.layers import Spec, build
+from echelon.models.modules import Spec, build
 from echelon.models.targets import Targets
 from echelon.registry import method
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from echelon.calibrate import calibration_batches
 from echelon.calibrate.walker import on_device
 from echelon.errors import UserError
-from echelon.models.layers import factored
+from echelon.models.modules import factored
 
 FLOOR = 0.1  # share of the learning rate at which the cosine ends
 ALL_ROWS = 10**9

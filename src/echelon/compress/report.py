@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from echelon.calibrate.walker import on_device
 from echelon.compress.budget import Size, size
-from echelon.models.layers import is_linear
+from echelon.models.modules import is_linear
 
 
 @dataclass

@@ -20,7 +20,7 @@ from echelon.compress.base import Job
 from echelon.compress.linear import Layer, LinearCompressor, left_out
 from echelon.linalg.quantize import Quantized
 from echelon.linalg.rounding import Grid, gptq, learned_rounding
-from echelon.models.layers import Spec, build
+from echelon.models.modules import Spec, build
 from echelon.models.targets import Targets
 from echelon.registry import method
 

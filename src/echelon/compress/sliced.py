@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from echelon.compress.report import macs
 from echelon.models.families import Block, PlainRMSNorm, Roles, family_roles, put, sizes
-from echelon.models.layers import Spec, kind
+from echelon.models.modules import Spec, kind
 
 Stream = Float[Tensor, "batch tokens width"]
 

@@ -27,7 +27,7 @@ from echelon.compress.schedules import block_redundancy, by_redundancy, linear_e
 from echelon.compress.sliced import PaddedDropout, become_sliced, keep_whole, set_shortcut
 from echelon.linalg.lowrank import eig_basis
 from echelon.models.families import SUPPORTED, FamilyAdapter, adapter, bias, epsilon, matrix, put
-from echelon.models.layers import Spec
+from echelon.models.modules import Spec
 from echelon.models.reload import detach
 from echelon.registry import method
 

@@ -30,8 +30,8 @@ from echelon.compress.schedules import redundancy
 from echelon.compress.slicegpt import Points, SliceGPT, slice_block, slice_embeddings, slice_head
 from echelon.errors import UserError
 from echelon.models.families import UnsupportedFamily, adapter
-from echelon.models.layers import Spec, install
 from echelon.models.loading import embedded_dir
+from echelon.models.modules import Spec, install
 from echelon.models.skeleton import INDEX, Skeleton, Slot, on_meta
 from echelon.models.targets import blocks
 

@@ -27,7 +27,7 @@ from echelon.compress.recovery import low_rank_parameters, select_trainable
 from echelon.data.files import write_whole
 from echelon.errors import UserError
 from echelon.linalg.lowrank import Factors
-from echelon.models.layers import LowRankLinear, Spec, kind, like
+from echelon.models.modules import LowRankLinear, Spec, kind, like
 from echelon.models.targets import Targets
 from echelon.registry import method
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.linalg.checks import one_of
-from echelon.models.layers import Spec, kind, like
+from echelon.models.modules import Spec, kind, like
 
 SCHEMES = ("nc", "vh", "nd")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -75,7 +75,7 @@ def _convolution(spec: Spec, old: Any) -> nn.Module:
 class FactoredConv(nn.Module):
     """``y = up(down(x))``, two convolutions with the bias on ``up``, in the place of a dense one.
 
-    ``weight`` is an empty buffer, as in :class:`echelon.models.layers.LowRankLinear`.
+    ``weight`` is an empty buffer, as in :class:`echelon.models.modules.LowRankLinear`.
 
     Args:
         old: the convolution whose sizes, stride, padding and dilation it has.

@@ -13,7 +13,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from echelon.models.layers import Spec, install
+from echelon.models.modules import Spec, install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from echelon.models.layers import is_linear
+from echelon.models.modules import is_linear
 from echelon.registry import suggest
 
 Targets = str | Sequence[str] | None

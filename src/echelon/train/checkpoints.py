@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from echelon.data.files import folder_whole, write_whole
 from echelon.errors import UserError
-from echelon.models.layers import build, put
+from echelon.models.modules import build, put
 
 KEPT = 2
 

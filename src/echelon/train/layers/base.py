@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from echelon.models.layers import Spec, build, put
+from echelon.models.modules import Spec, build, put
 from echelon.models.reload import attach, detach
 from echelon.models.targets import linear_targets
 from echelon.train.optimizers.adamw import AdamW
@@ -56,7 +56,7 @@ class LayerMethod(ABC):
 
     @abstractmethod
     def spec(self, name: str, module: nn.Module) -> Spec:
-        """What a layer becomes, as :mod:`echelon.models.layers` builds it.
+        """What a layer becomes, as :mod:`echelon.models.modules` builds it.
 
         Raises:
             ValueError: if the knobs do not suit the layer.

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.linalg.blockwise import quantize
 from echelon.linalg.checks import number, whole
-from echelon.models.layers import Spec, dense_module, dense_weight, empty_linear, kind, like
+from echelon.models.modules import Spec, dense_module, dense_weight, empty_linear, kind, like
 from echelon.registry import method
 from echelon.train.layers.base import LayerMethod, LearningRate, converted, reset_moments
 from echelon.train.layers.restarts import recovery
@@ -27,7 +27,7 @@ from echelon.train.optimizers.moments import read
 class LoRALinear(nn.Module):
     """``y = base(x) + s lora_B(lora_A(dropout(x)))`` with the matrix of ``base`` frozen.
 
-    ``weight`` is an empty buffer, as in :class:`~echelon.models.layers.LowRankLinear`.
+    ``weight`` is an empty buffer, as in :class:`~echelon.models.modules.LowRankLinear`.
 
     Args:
         in_features: width of the input.

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.models.layers import empty_linear
+from echelon.models.modules import empty_linear
 
 
 class LorentzLinear(nn.Module):

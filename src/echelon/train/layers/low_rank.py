@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.linalg.checks import one_of, whole
 from echelon.linalg.lowrank import svd
-from echelon.models.layers import LowRankLinear, Spec, dense_weight, kind, like
+from echelon.models.modules import LowRankLinear, Spec, dense_weight, kind, like
 from echelon.registry import method
 from echelon.train.layers.base import converted
 from echelon.train.layers.restarts import Restarts

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from echelon.linalg.checks import number, one_of, whole
 from echelon.linalg.lowrank import svd
 from echelon.models.factored_conv import conv_spec, is_convolution
-from echelon.models.layers import Spec, dense_weight
+from echelon.models.modules import Spec, dense_weight
 from echelon.models.targets import blocks
 from echelon.registry import method
 from echelon.train.layers.base import LayerMethod, reset_moments, rewrite, stored

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from echelon.models.factored_conv import FactoredConv
-from echelon.models.layers import LowRankLinear, Spec, build, kind, like, put
+from echelon.models.modules import LowRankLinear, Spec, build, kind, like, put
 from echelon.models.reload import renote
 
 

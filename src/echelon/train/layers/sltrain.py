@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.linalg.checks import number, one_of, whole
 from echelon.linalg.lowrank import Factors, svd
-from echelon.models.layers import Spec, dense_module, dense_weight, kind, like
+from echelon.models.modules import Spec, dense_module, dense_weight, kind, like
 from echelon.registry import method
 from echelon.train.layers.base import autocast_input, converted
 from echelon.train.layers.restarts import Restarts

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.linalg.checks import number, one_of, whole
 from echelon.linalg.lowrank import svd
-from echelon.models.layers import LowRankLinear, Spec, build, dense_module, dense_weight, kind, like, put
+from echelon.models.modules import LowRankLinear, Spec, build, dense_module, dense_weight, kind, like, put
 from echelon.models.reload import renote
 from echelon.models.targets import linear_targets
 from echelon.registry import method

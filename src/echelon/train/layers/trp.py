@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from echelon.linalg.checks import number, one_of, whole
 from echelon.models.factored_conv import SCHEMES, FactoredConv, conv_spec, is_convolution, kernel, matrices, parameters_at
-from echelon.models.layers import Spec, build, dense_weight, put
+from echelon.models.modules import Spec, build, dense_weight, put
 from echelon.models.reload import attach
 from echelon.models.targets import blocks, linear_targets, matches
 from echelon.registry import method
