@@ -9,6 +9,7 @@ import transformers
 
 import small_folders
 from echelon.compare import compare, documents, load_recipe, recommend, write_report
+from echelon.compare.recipe import MethodEntry
 from echelon.compare.results import per_unit, read_results
 from echelon.compare.runner import plan
 from echelon.compare.statistics import summary_of
@@ -267,3 +268,31 @@ def test_the_built_in_recipes_are_sound(monkeypatch, tmp_path):
     for name in ("train", "train_quick"):
         recipe = load_recipe(name)
         assert "adamw" in [entry.name for entry in recipe.methods] and all(len(entry.sweep["lr"]) >= 3 for entry in recipe.methods)
+
+
+def test_at_equal_state_each_method_gets_the_largest_rank_whose_real_state_fits(told):
+    recipe = load_recipe({**told, "budget": {**told["budget"], "optimizer_state": 0.6}})
+    context = task.Task().prepare(recipe)
+    model = context.fresh(0)
+
+    def state(method, model):
+        if method.method_name in ("low_rank", "sltrain"):
+            method.convert(model)
+        optimizer = method.optimizer(model)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return sum(t.numel() for s in optimizer.state.values() for t in s.values() if t.ndim)
+
+    whole = state(AdamW(), context.fresh(0))
+    assert whole == 2 * model.num_parameters()
+    for name, knob in (("galore", "rank"), ("low_rank", "rank"), ("sltrain", "r"), ("fira", "rank")):
+        found, share = task.sized(context, MethodEntry(name, {}, name))
+        at = {rank: state(task.built(name, {knob: rank}), context.fresh(0)) / whole for rank in (found[knob], found[knob] + 1)}
+        assert at[found[knob]] <= 0.6 < at[found[knob] + 1]
+        assert share == pytest.approx(at[found[knob]], abs=1e-3)
+    assert task.sized(context, MethodEntry("adamw", {"state_bits": 8}, "eight")) == ({}, 0.25)
+    with pytest.raises(UserError, match=r"plain takes 100\.0 % of AdamW's state at the least; budget\.optimizer_state allows 0\.6"):
+        task.sized(context, MethodEntry("adamw", {}, "plain"))
+    with pytest.raises(UserError, match="budget.optimizer_state is 1.5"):
+        load_recipe({**told, "budget": {**told["budget"], "optimizer_state": 1.5}})

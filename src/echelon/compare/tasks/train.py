@@ -4,11 +4,13 @@ Full-rank AdamW is a method like the others, and is clipped and tuned like the o
 the loss on held-out documents, paired by document and weighted by tokens; what papers report for C4 stands beside it as published.
 """
 
+import dataclasses
 import itertools
 import json
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from echelon.errors import UserError
 from echelon.models import LoadedModel, load
 from echelon.registry import build, card, cards, suggest
 from echelon.train.language import fit
-from echelon.train.memory import Memory
+from echelon.train.memory import Memory, formula
 from echelon.train.training import Training
 
 KINDS = ("optimizer", "layer")
@@ -32,7 +34,7 @@ SMALL = {
 }  # fmt: skip
 DATA: dict[str, Any] = {"train": "passages", "tune": None, "test": "passages", "documents": 0, "model": SMALL}
 BUDGET: dict[str, Any] = {
-    "tokens": 1_000_000, "tune_tokens": None, "batch_size": 16, "seqlen": 128, "warmup": 0.1, "max_grad_norm": 1.0, "bf16": False,
+    "tokens": 1_000_000, "tune_tokens": None, "batch_size": 16, "seqlen": 128, "warmup": 0.1, "max_grad_norm": 1.0, "bf16": False, "optimizer_state": None,
 }  # fmt: skip
 CHARACTERS = 8  # a token at most: text beyond that many times the tokens is not needed
 POINTS = 200  # of a learning curve
@@ -49,6 +51,7 @@ class Context:
     test: list[str]
     tokens: int
     tune_tokens: int
+    state_share: float | None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def fresh(self, seed: int) -> PreTrainedModel:
@@ -75,6 +78,7 @@ class Task:
     folders of them, ``data.tune`` what learning rates are chosen on (a tenth of ``data.train`` where any method has a sweep); documents of more than 300
     words are cut. ``data.documents`` takes that many of the test documents, spread evenly, 0 all. ``budget.tokens`` is what every run trains on, in steps of
     ``batch_size`` rows of ``seqlen`` tokens, ``budget.tune_tokens`` what each try of a sweep gets, a fifth of it by default.
+    ``budget.optimizer_state`` is a share of AdamW's state in float32: with it, each method gets the largest ``rank`` or ``r`` whose state is not above it.
     """
 
     kind = ""  # there are two; `check` builds the methods
@@ -99,6 +103,9 @@ class Task:
         for name in ("batch_size", "seqlen"):
             if not _whole(budget[name], 1):
                 raise UserError(f"budget.{name} is {budget[name]!r}; it must be a whole number of at least 1")
+        share = budget["optimizer_state"]
+        if share is not None and not (isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1):
+            raise UserError(f"budget.optimizer_state is {share!r}; it must be a share of AdamW's state, in (0, 1]")
         least = budget["batch_size"] * budget["seqlen"]
         for name in ("tokens", "tune_tokens"):
             if not _whole(budget[name], least):
@@ -157,9 +164,16 @@ class Task:
         if data["documents"]:
             test = evenly(test, data["documents"])
         wanted = CHARACTERS * budget["tokens"] * len(train) // sum(map(len, train)) + 1
-        return Context(config, loaded.tokenizer, evenly(train, wanted), evenly(tune, 200), test, budget["tokens"], budget["tune_tokens"], training)
+        sizes = budget["tokens"], budget["tune_tokens"], budget["optimizer_state"]
+        return Context(config, loaded.tokenizer, evenly(train, wanted), evenly(tune, 200), test, *sizes, training)
 
     def run(self, context: Context, entry: Any, seed: int) -> Outcome:
+        size: dict[str, int] = {}
+        told: list[str] = []
+        if context.state_share is not None:
+            size, used = sized(context, entry)
+            told = [f"optimizer state {100 * used:.1f} % of AdamW's, {100 * context.state_share:g} % allowed" + "".join(f"; {k} {v}" for k, v in size.items())]
+        entry = dataclasses.replace(entry, knobs=entry.knobs | size)
         knobs, tuning = self._tuned(context, entry, seed)
         method = built(entry.name, {"seed": seed} | knobs)
         trained = train(context, method, context.tokens, seed)
@@ -182,7 +196,7 @@ class Task:
             {"unit": "training tokens", "allowed": context.tokens, "used": trained.told["tokens"], "order": trained.told["order"]},
             curves={"training loss against tokens": curve(trained.losses, step)},
             tuning=tuning,
-            notes=notes(entry.name, tuning),
+            notes=told + notes(entry.name, tuning),
         )  # fmt: skip
 
     def _tuned(self, context: Context, entry: Any, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -236,6 +250,37 @@ def kind_of(name: str) -> str:
     if name not in known:
         raise UserError(f"unknown optimizer or layer {name!r}{suggest(name, known)}; they are {', '.join(sorted(known))}")
     return known[name]
+
+
+def sized(context: Context, entry: Any) -> tuple[dict[str, int], float]:
+    """The knob that gives a method the largest state within the budget, and the share of AdamW's state that this is. No knob where it has none for that.
+
+    Raises:
+        UserError: if its state is above the budget at any rank.
+    """
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(context.config)
+    known = {knob.name for knob in card(entry.name, kind_of(entry.name)).knobs}
+    knob = next((name for name in ("rank", "r") if name in known), None)
+
+    def share(rank: int) -> float:
+        """Of the bytes; moments in fewer bits count as that."""
+        method = built(entry.name, {**tries(entry)[0], **({knob: rank} if knob else {})})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # ranks above the smaller side of a matrix
+            return formula(shape, method).state * getattr(method, "state_bits", 32) / 32 / (2 * shape.num_parameters())
+
+    least, most = 1, max(shape.config.hidden_size, 1) if knob else 1
+    if share(least) > context.state_share:  # type: ignore[operator]
+        raise UserError(f"{entry.label} takes {100 * share(least):.1f} % of AdamW's state at the least; budget.optimizer_state allows {context.state_share}")
+    while least < most:
+        middle = (least + most + 1) // 2
+        try:
+            fits = share(middle) <= context.state_share  # type: ignore[operator]
+        except ValueError:  # no layer takes so high a rank
+            fits = False
+        least, most = (middle, most) if fits else (least, middle - 1)
+    return ({knob: least} if knob else {}), share(least)
 
 
 def tries(entry: Any) -> list[dict[str, Any]]:
