@@ -157,7 +157,7 @@ def test_its_state_has_the_size_of_the_formula(bits):
     moments = 2 * rank * n
     stored = sum(t.numel() * t.element_size() for key, t in state.items() if key.startswith("exp_avg"))
     assert stored == moments * bits // 8 + (moments // 256 * 4 if bits == 8 else 0)
-    assert state["left"].numel() == m * rank
+    assert state["left"].numel() == m * rank and state["left"].element_size() == (4 if bits == 32 else 2)
 
 
 def test_staggered_matrices_change_their_directions_at_different_steps():

@@ -38,7 +38,8 @@ class OptimizerMethod(ABC):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, times the learning rate.
-        state_bits: bits a number of the moments: 32, 16 (bfloat16), or 8 (block-wise; tensors under 4096 numbers stay in float32).
+        state_bits: bits a number of the moments: 32, 16 (bfloat16), or 8 (block-wise; tensors under 4096 numbers stay in float32). Directions of a projection
+            are in bfloat16 below 32.
         rounding: how half-precision weights take a step: `nearest`, which loses small ones, `stochastic` (bfloat16 only), or `master`, from a float32 copy.
         seed: of stochastic rounding and of random directions.
     """
@@ -188,6 +189,9 @@ class ProjectedMethod(OptimizerMethod):
                 chosen.fit(gradient, state, seed=hash((knobs["seed"], int(state["index"]), count)))
             if shared:
                 share_directions(gradient, state, source)
+            for side in ("left", "right"):
+                if knobs["state_bits"] < 32 and side in state and state[side].is_floating_point():  # indices of a fixed basis are whole numbers
+                    state[side] = state[side].bfloat16()
         return projector
 
 
@@ -202,8 +206,7 @@ def share_directions(gradient: Float[Tensor, "m n"], state: State, source: int) 
     dist.broadcast(widths, source)
     for side, size, width in zip(("left", "right"), gradient.shape, widths.tolist(), strict=True):
         if width:
-            if dist.get_rank() != source:
-                state[side] = gradient.new_empty(size, width)
+            state[side] = state[side].to(gradient.dtype) if dist.get_rank() == source else gradient.new_empty(size, width)
             dist.broadcast(state[side], source)
 
 
