@@ -35,8 +35,12 @@ def test_the_help_of_a_verb_names_its_methods_and_that_of_a_method_its_knobs(ech
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], [], ["--version"], ["methods"], ["methods", "--help"], ["methods", "rankgen"], ["methods", "--json"], ["generat"]]
-)
+    "words",
+    [
+        ["--help"], [], ["--version"], ["methods"], ["methods", "--help"], ["methods", "rankgen"], ["methods", "--json"], ["generat"],
+        *([verb, "--help"] for verb in VERBS), ["train", "--method", "galore", "--help"], ["compress", "--method", "svd", "--help"],
+    ],
+)  # fmt: skip
 def test_what_needs_no_model_imports_neither_torch_nor_transformers(words):
     code = (
         "import sys\nfrom echelon.cli import main\n"

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from echelon import registry
 from echelon.cli.arguments import OneLineParser
+from echelon.cli.help import help_text
 from echelon.cli.progress import quiet_libraries
 from echelon.errors import UserError
 
@@ -46,24 +45,26 @@ def parse(
         first.add_argument("--method", default=default_method)
     chosen, rest = first.parse_known_args(list(arguments))
     picked = getattr(chosen, "method", None)
-    parser = ArgumentParser(prog=f"echelon {verb}", description=description, exit_on_error=False, parser_mode="yaml")
+    card = registry.card(picked, kind_of(picked, kinds)) if picked else None
+    if {"-h", "--help"} & set(rest[: rest.index("--")] if "--" in rest else rest):
+        names = [known.name for each in kinds for known in registry.cards(each)]
+        print(help_text(verb, description, options, names, default_method, card, positional), end="")
+        sys.exit(0)
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"echelon {verb}", exit_on_error=False, parser_mode="yaml")
     if kind:
-        names = ", ".join(card.name for each in kinds for card in registry.cards(each))
-        parser.add_argument("--method", help=f"one of: {names} (default: {default_method}); add it before --help to see its knobs")
+        parser.add_argument("--method")
     if positional:
-        parser.add_argument(positional[0], nargs="*", default=[], help=positional[1])
+        parser.add_argument(positional[0], nargs="*", default=[])
     parser.add_class_arguments(options, as_group=False)
-    cls = registry.get(picked, kind_of(picked, kinds)) if picked else None
-    if cls is not None:
+    if card is not None:
+        cls = registry.get(card.name, card.kind)
         quiet_libraries()
         parser.add_class_arguments(cls, "method_knobs", fail_untyped=False)
         rest = ["--method_knobs" + word[len("--method") :] if word.startswith("--method.") else word for word in rest]
     rest = _spelled_out(rest, parser)
     _refuse_unknown(rest, parser, picked)
-    if any(word in ("-h", "--help") for word in rest):
-        shown = re.sub(r" *(\[--method_knobs CONFIG\]|--method_knobs CONFIG\n +Path to a configuration file\.\n)", "", parser.format_help())
-        print(shown.replace("--method_knobs.", "--method.").replace(" {true,false}", ""))
-        sys.exit(0)
     with _quiet_errors():
         filled = parser.instantiate_classes(parser.parse_args(rest))
     own = options(**{name: filled[name] for name in [field.name for field in dataclasses.fields(options)]})
@@ -83,7 +84,7 @@ def kind_of(name: str, kinds: Sequence[str]) -> str:
     return pool[name]
 
 
-def _spelled_out(words: list[str], parser: ArgumentParser) -> list[str]:
+def _spelled_out(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """``--dry-run`` becomes ``--dry_run=true``: hyphens in names, and switches without a value."""
     made: list[str] = []
     for place, word in enumerate(words):
@@ -100,7 +101,7 @@ def _spelled_out(words: list[str], parser: ArgumentParser) -> list[str]:
     return made
 
 
-def _refuse_unknown(words: list[str], parser: ArgumentParser, method: str | None) -> None:
+def _refuse_unknown(words: list[str], parser: argparse.ArgumentParser, method: str | None) -> None:
     legal = [option.replace("--method_knobs.", "--method.") for option in parser._option_string_actions]
     for word in words:
         name = word.split("=")[0].replace("--method_knobs.", "--method.")

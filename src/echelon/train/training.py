@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from echelon.linalg.checks import number, whole
-
 
 @dataclass(frozen=True)
 class Training:
@@ -50,9 +48,12 @@ class Training:
     def __post_init__(self) -> None:
         """Raises: ValueError: if a field is out of range."""
         for name, least in (("steps", 1), ("batch_size", 1), ("seqlen", 2), ("accumulate", 1), ("save_every", 0), ("eval_every", 0), ("eval_tokens", 1)):
-            whole(name, getattr(self, name), least)
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         for name in ("warmup", "floor"):
-            number(name, getattr(self, name), 0, 1)
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be in [0, 1]")
         for name in ("max_grad_norm", "max_parameter_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0")
