@@ -5,6 +5,7 @@ from typing import Any
 
 _LAZY = {
     "Moments": "moments", "Statistics": "statistics", "collect": "statistics", "InputObserver": "observing",
+    "GradientCollector": "gradients", "Gradients": "gradients", "collect_gradients": "gradients",
     "Calibration": "tokens", "calibration_batches": "tokens", "Block": "walker", "LayerWalker": "walker", "StoredStates": "stored",
 }  # fmt: skip
 __all__ = sorted(_LAZY)

@@ -10,6 +10,7 @@ _LAZY = {
     "SparseCode": "dictionary", "snmf": "dictionary", "sparse_code": "dictionary",
     "POLICIES": "ranks", "allocate": "ranks", "block_sparsity": "ranks", "break_even": "ranks", "normalise_spectrum": "ranks",
     "reduction_threshold": "ranks",
+    "Basis": "bases", "seed_of": "bases",
     "Grid": "rounding", "gptq": "rounding", "learned_rounding": "rounding",
     "Quantized": "quantize", "pack": "quantize", "quantize_activations": "quantize", "rtn": "quantize", "unpack": "quantize",
 }  # fmt: skip

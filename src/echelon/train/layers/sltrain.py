@@ -39,15 +39,16 @@ class _SparseLowRank(torch.autograd.Function):
     """``F.linear`` with the assembled matrix, which is built again in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, value: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, up, down, value, index)
-        return nn.functional.linear(x, assemble(up, down, value, index, x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, scale: Tensor, value: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, up, down, scale, value, index)
+        return nn.functional.linear(x, assemble(up, down * scale, value, index, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, value, index = ctx.saved_tensors
-        for_x, for_up, for_down, for_value, _, for_bias = ctx.needs_input_grad
+        x, up, unscaled, scale, value, index = ctx.saved_tensors
+        for_x, for_up, for_unscaled, for_scale, for_value, _, for_bias = ctx.needs_input_grad
+        down, for_down = unscaled * scale, for_unscaled or for_scale
         made_x = gradient @ assemble(up, down, value, index, x.dtype) if for_x else None
         dtype, shape = x.dtype, x.shape
         gradient, x = gradient.reshape(-1, up.shape[0]), x.reshape(-1, down.shape[1])
@@ -57,7 +58,7 @@ class _SparseLowRank(torch.autograd.Function):
         made_up = made_down = made_value = None
         if straight:
             made_up = (gradient.T @ (x @ down.to(dtype).T)).to(up.dtype) if for_up else None
-            made_down = ((gradient @ up.to(dtype)).T @ x).to(down.dtype) if for_down else None
+            made_down = (gradient @ up.to(dtype)).T @ x if for_down else None
         elif for_up or for_down:
             made_up, made_down = torch.empty_like(up), torch.zeros(down.shape, dtype=torch.promote_types(dtype, torch.float32), device=down.device)
         if for_value:
@@ -73,8 +74,9 @@ class _SparseLowRank(torch.autograd.Function):
                     made_up[first : first + step] = part @ down.to(dtype).T
                     made_down += up[first : first + step].to(dtype).T @ part
         made_bias = gradient.sum(0) if for_bias else None
-        made_down = None if made_down is None else made_down.to(down.dtype)
-        return None if made_x is None else made_x.view(shape), made_up, made_down, made_value, None, made_bias
+        made_scale = (made_down * unscaled).sum().to(scale.dtype) if for_scale and made_down is not None else None
+        made_down = (made_down * scale).to(unscaled.dtype) if for_unscaled and made_down is not None else None
+        return None if made_x is None else made_x.view(shape), made_up, made_down, made_scale, made_value, None, made_bias
 
 
 class SparseLowRankLinear(nn.Module):
@@ -118,7 +120,8 @@ class SparseLowRankLinear(nn.Module):
         return self.scaling.tanh() if self.scaling is not None else self.fixed_scale  # type: ignore[return-value]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return _SparseLowRank.apply(autocast_input(x), self.up, self.down * self.scale, self.value, self.index, self.bias)
+        scale = torch.as_tensor(self.scale, dtype=self.down.dtype, device=self.down.device)
+        return _SparseLowRank.apply(autocast_input(x), self.up, self.down, scale, self.value, self.index, self.bias)
 
     @torch.no_grad()
     def product(self) -> Float[Tensor, "out in"]:
