@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# One thread for each of the tests' processes: several that share cores wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint bench
 
@@ -12,7 +14,7 @@ demo: $(READY)
 	$(BIN)/echelon compare --out demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks embedded
