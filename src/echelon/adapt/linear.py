@@ -128,7 +128,8 @@ class DeltaLinear(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             values = self.start(name, config)
         for part in (*self.trained, *self.frozen):
-            value = values[part].to(device, dtype).contiguous()
+            value = values[part]
+            value = value.to(device, dtype if value.is_floating_point() else value.dtype).contiguous()
             getattr(self, self.prefix + part)[name] = nn.Parameter(value) if part in self.trained else value
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

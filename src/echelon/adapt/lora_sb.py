@@ -91,10 +91,7 @@ class LoraSbConfig(DeltaConfig):
     peft_name: ClassVar[str] = "echelon_lora_sb"
 
     def __post_init__(self) -> None:
-        given = self.lora_alpha
-        self.lora_alpha = float(self.r) if given is None else given
         super().__post_init__()
-        self.lora_alpha = given  # type: ignore[assignment]  # a layer's own rank, where rank_pattern gives it another
         if self.init_weights is not False:
             one_of("init_weights", self.init_weights, (*UPDATES, "svd_weight", "random_orthogonal"))
         if self.init_num_samples is not None:
@@ -106,9 +103,15 @@ class LoraSbConfig(DeltaConfig):
         self.stored = self.factor_signature is not None  # read from a file: the values come with the checkpoint
         self.prepared: dict[str, Core] = {}
 
-    def alpha_of(self, name: str) -> float:
-        alpha: float | None = super().alpha_of(name)
-        return float(self.rank_of(name)) if alpha is None else alpha
+    def usual_alpha(self, rank: int) -> float:
+        return float(rank)
+
+    def start_from(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
+        """:func:`prepare`, where the init is one from an update; the first step has the size of ``learning_rate`` unless ``init_lr`` is given."""
+        if self.init_weights in UPDATES:
+            self.init_lr = learning_rate if self.init_lr is None else self.init_lr
+            prepare(model, self, batches)
+
 
 class LoraSbLinear(DeltaLinear):
     """A linear layer with a trained core between frozen factors."""

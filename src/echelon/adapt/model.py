@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_peft_model_state_dict,
@@ -42,7 +42,14 @@ class DeltaModel(BaseTuner):
         tuner.end_training()
 
     With HF Trainer, :class:`~echelon.adapt.callbacks.AdapterCallback` does this.
+
+    Attributes:
+        total_steps: optimizer steps of the training, for tuners with a schedule; set before ``begin_training`` where it is known.
+        warmup_steps: how many of them the learning rate rises for.
     """
+
+    total_steps: int | None = None
+    warmup_steps: int = 0
 
     prefix: str
     tuner_layer_cls: type[DeltaLinear]
@@ -53,6 +60,13 @@ class DeltaModel(BaseTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, DeltaLinear) and (adapter_name is None or adapter_name in module.ranks):
                 yield name, module
+
+    def check_together(self, names: list[str], config: Any) -> None:
+        """Refuse layers that do not suit a config together, before any is replaced.
+
+        Raises:
+            ValueError: if they do not.
+        """
 
     def begin_training(self, optimizer: torch.optim.Optimizer) -> None:
         """Called with the optimizer before the first step."""
@@ -123,8 +137,11 @@ class DeltaModel(BaseTuner):
         return self.peft_config[adapter_name]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        for name, module in targets(model, peft_config, type(self)).items():
+        meant = targets(model, peft_config, type(self))
+        for name, module in meant.items():
+            _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])  # Mamba's kernels take some matrices past their layers
             self.tuner_layer_cls.check(name, module, peft_config)
+        self.check_together(list(meant), peft_config)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str, parameter_name: str | None = None

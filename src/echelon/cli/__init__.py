@@ -17,7 +17,9 @@ VERBS = {
     "compare": "run a bake-off and write its report",
     "generate": "continue a prompt with any decoder",
     "train": "train a language model by any method, or a ranker, on your corpus",
+    "adapt": "train an adapter, any low-rank one, on a model",
     "compress": "make a model smaller",
+    "edit": "take texts out of a language model",
     "evaluate": "run a benchmark, or score texts that you have",
 }
 

@@ -1,7 +1,6 @@
 """``echelon train``: train a ranker or a click model on your own data, or a language model by any optimizer or parameterisation."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,45 +65,15 @@ def _needs(options: Any) -> None:
 
 def _language(arguments: Sequence[str]) -> int:
     """The verb with an optimizer or a parameterisation as its method."""
-    from pathlib import Path
-
-    from echelon.cli.train_language import LanguageOptions
+    from echelon.cli.train_language import LanguageOptions, fit_and_tell
 
     options, method, _ = parse("train", "Train a language model.", LanguageOptions, KINDS, arguments, default_method="rankgen")
     _needs(options)
     from echelon.models import load
     from echelon.models.loading import is_ctr
-    from echelon.train import checkpoints
-    from echelon.train.language import fit, new_model
+    from echelon.train.language import new_model
 
     if is_ctr(options.model):
         raise UserError(f"--model {options.model} is a click model; train it with --method ctr")
     model, tokenizer = new_model(options.model, options.seed, options.dtype) if options.scratch else load(options.model, options.dtype)
-    with progress() as bar:
-        task = bar.add_task(f"training by {method.method_name}", total=options.steps)
-        try:
-            result = fit(
-                model, tokenizer, options.data, options.out, method, options.training(), held_out=options.held_out,
-                on_step=lambda entry: bar.update(task, description=f"loss {entry['loss']:.3f}", completed=entry["step"]),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            kept = checkpoints.folders(Path(options.out))
-            after = f"behind step {checkpoints.step_of(kept[0])}" if kept else "from the start, there was no checkpoint yet"
-            print(f"echelon: interrupted; the same command goes on {after}", file=sys.stderr)
-            return 130
-    if options.json:
-        print(json.dumps({"out": options.out, **result}, indent=2))
-    else:
-        print(f"{options.out}: {_summary(result)}")
-    return 0
-
-
-def _summary(result: dict[str, Any]) -> str:
-    said = [f"loss {result['loss']:.4f}", f"steps {result['steps']}", f"tokens {result['tokens']}"]
-    if "held_out" in result:
-        shown = result["held_out"]
-        said += [f"perplexity {shown['perplexity_before']:.3f} to {shown['perplexity']:.3f}"]
-        said += [f"per byte {shown['byte_perplexity_before']:.4f} to {shown['byte_perplexity']:.4f}"]
-        said += [f"with the papers' bias {shown['legacy_perplexity']:.3f}"] if "legacy_perplexity" in shown else []
-    said += [f"{name.replace('_', ' ')} {result['memory'][name] / 1e6:.1f} MB" for name in ("weights", "optimizer_state", "peak_rss")]
-    return ", ".join([*said, f"seconds {result['seconds']:.1f}"])
+    return fit_and_tell(options, model, tokenizer, method, method.method_name)

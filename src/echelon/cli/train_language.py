@@ -1,8 +1,13 @@
-"""The options of ``echelon train`` with an optimizer or a parameterisation."""
+"""The options of ``echelon train`` with an optimizer or a parameterisation, and the run that they share with ``echelon adapt``."""
 
 import dataclasses
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from echelon.cli.progress import progress
 from echelon.train.training import Training
 
 
@@ -28,6 +33,44 @@ class LanguageOptions(Training):
     dtype: str = "float32"
     json: bool = False
 
-    def training(self) -> Training:
-        """The protocol alone."""
-        return Training(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Training)})
+
+def fit_and_tell(options: Any, model: Any, tokenizer: Any, method: Any, named: str, **more: Any) -> int:
+    """Train as options say that hold all of ``Training``, and print the result; the exit status.
+
+    Args:
+        options: with ``data``, ``out``, ``held_out`` and ``json``.
+        model: trained in place.
+        tokenizer: of the model.
+        method: see :func:`echelon.train.language.fit`.
+        named: what the progress bar calls it.
+        more: further arguments of ``fit``.
+    """
+    from echelon.train import checkpoints
+    from echelon.train.language import fit
+
+    training = Training(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Training)})
+    with progress() as bar:
+        task = bar.add_task(f"training by {named}", total=options.steps)
+        try:
+            result = fit(
+                model, tokenizer, options.data, options.out, method, training, held_out=options.held_out, **more,
+                on_step=lambda entry: bar.update(task, description=f"loss {entry['loss']:.3f}", completed=entry["step"]),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            kept = checkpoints.folders(Path(options.out))
+            after = f"behind step {checkpoints.step_of(kept[0])}" if kept else "from the start, there was no checkpoint yet"
+            print(f"echelon: interrupted; the same command goes on {after}", file=sys.stderr)
+            return 130
+    print(json.dumps({"out": options.out, **result}, indent=2) if options.json else f"{options.out}: {_summary(result)}")
+    return 0
+
+
+def _summary(result: dict[str, Any]) -> str:
+    said = [f"loss {result['loss']:.4f}", f"steps {result['steps']}", f"tokens {result['tokens']}"]
+    if "held_out" in result:
+        shown = result["held_out"]
+        said += [f"perplexity {shown['perplexity_before']:.3f} to {shown['perplexity']:.3f}"]
+        said += [f"per byte {shown['byte_perplexity_before']:.4f} to {shown['byte_perplexity']:.4f}"]
+        said += [f"with the papers' bias {shown['legacy_perplexity']:.3f}"] if "legacy_perplexity" in shown else []
+    said += [f"{name.replace('_', ' ')} {result['memory'][name] / 1e6:.1f} MB" for name in ("weights", "optimizer_state", "peak_rss")]
+    return ", ".join([*said, f"seconds {result['seconds']:.1f}"])

@@ -11,6 +11,7 @@ _LAZY = {
     "Mauve": "mauve", "divergence_curve": "mauve", "frontier_integral": "mauve", "mauve_from_histograms": "mauve", "mauve_score": "mauve",
     "Measured": "generation", "evaluate_generation": "generation",
     "SuffixIdentification": "suffix_identification", "baselines": "suffix_identification",
+    "TOFU": "tofu", "forget_quality": "tofu", "model_utility": "tofu", "rouge_l_recall": "tofu",
 }  # fmt: skip
 __all__ = sorted(_LAZY)
 

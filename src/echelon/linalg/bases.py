@@ -113,8 +113,9 @@ class _Combination(torch.autograd.Function):
     def forward(ctx: Any, coefficients: Tensor, basis: Basis) -> Tensor:
         ctx.basis = basis
         total = coefficients.new_zeros(basis.rows * basis.columns)
-        for places, part in basis.chunks(coefficients.device, coefficients.dtype):
-            total += coefficients[places] @ part.flatten(1)
+        with torch.autocast(coefficients.device.type, enabled=False):  # which would round the sum, though not its gradient
+            for places, part in basis.chunks(coefficients.device, coefficients.dtype):
+                total += coefficients[places] @ part.flatten(1)
         return total.view(basis.rows, basis.columns)
 
     @staticmethod

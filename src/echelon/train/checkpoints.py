@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,12 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and stored buffers, a tied one under its first name only."""
+def own_tensors(model: nn.Module, constant: Collection[int] = ()) -> dict[str, Tensor]:
+    """Weights and stored buffers, a tied one under its first name only, without those of the ids in ``constant``."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), (name, tensor))
+        if id(tensor) not in constant:
+            found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
 
 
@@ -121,8 +122,8 @@ def specs(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model that was converted as the saved one had been.
+def restore(folder: Path, model: nn.Module, constant: Collection[int] = ()) -> None:
+    """Put a checkpoint's weights into a model that was converted as the saved one had been; ``constant`` as in :func:`own_tensors`.
 
     Raises:
         UserError: if they do not fit it.
@@ -131,7 +132,7 @@ def restore(folder: Path, model: nn.Module) -> None:
     for name, spec in json.loads((folder / "layers.json").read_text()).items():
         if name in now and now[name] != spec:
             put(model, name, build(spec, model.get_submodule(name)))
-    mine, stored = own_tensors(model), load_file(folder / "weights.safetensors")
+    mine, stored = own_tensors(model, constant), load_file(folder / "weights.safetensors")
     for name in sorted(mine.keys() ^ stored.keys()):
         raise UserError(f"checkpoint {folder} is of another model: {name} is {'not in it' if name in mine else 'unknown'}")
     for name, tensor in mine.items():

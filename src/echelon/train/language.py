@@ -15,15 +15,17 @@ import os
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Subset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from echelon.data.files import folder_whole, read_text, write_whole
 from echelon.data.rankgen_pairs import read_documents
@@ -31,7 +33,7 @@ from echelon.errors import UserError
 from echelon.models.loading import LoadedModel, embedded_dir
 from echelon.models.reload import from_config
 from echelon.train import checkpoints
-from echelon.train.layers.base import LayerMethod
+from echelon.train.layers.base import LayerMethod, LearningRate
 from echelon.train.layerwise import step_in_backward
 from echelon.train.memory import formula
 from echelon.train.optimizers.adamw import AdamW
@@ -41,6 +43,8 @@ from echelon.train.trainer import LanguageTrainer, MethodCallback, Tell, gathere
 from echelon.train.training import Training
 
 MAY_CHANGE = {"save_every"}  # what may differ when a run goes on
+CONFIGS = ("config.json", "adapter_config.json")  # without one of them a folder is none that loads
+Prepare = Callable[[PreTrainedModel, Iterable[Mapping[str, Any]], float], None]
 
 
 def new_model(name_or_path: str | os.PathLike[str], seed: int = 0, dtype: str = "float32") -> LoadedModel:
@@ -80,13 +84,16 @@ def fit(
     *,
     held_out: Any = None,
     optimizer: OptimizerMethod | None = None,
+    adapter: PeftConfig | None = None,
+    prepare: Prepare | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     on_step: Tell | None = None,
 ) -> dict[str, Any]:
-    """Train a causal language model; run again after a crash, it goes on from the last checkpoint.
+    """Train a causal language model, or an adapter on it; run again after a crash, it goes on from the last checkpoint.
 
-    ``out`` becomes an ordinary model folder, with ``run.json`` (all knobs), ``log.jsonl`` (a line a step) and ``result.json``. Under ``torchrun`` every
-    process calls this, with the whole data; it trains with DistributedDataParallel, or with ``fsdp`` in shards, which the model in memory remains; the
-    folder holds whole weights.
+    ``out`` becomes an ordinary model folder, or that of an adapter, which ``PeftModel.from_pretrained`` reads, with ``run.json`` (all knobs), ``log.jsonl``
+    (a line a step) and ``result.json``. Under ``torchrun`` every process calls this, with the whole data; it trains with DistributedDataParallel, or with
+    ``fsdp`` in shards, which the model in memory remains; the folder holds whole weights.
 
     Args:
         model: trained in place.
@@ -97,6 +104,11 @@ def fit(
         training: the protocol.
         held_out: text like ``data`` to measure perplexity on, before and after.
         optimizer: that trains a parameterisation; its own by default.
+        adapter: PEFT's config, or one of :mod:`echelon.adapt`, of an adapter that is put on the model and is all that the optimizer trains; PEFT settles its
+            open knobs in place. What it draws from the global generator comes from the seed of the training.
+        prepare: called before that with the model, batches of each row of the data once in the order of the training, and the learning rate behind the first
+            step, for adapters that start from data.
+        callbacks: of transformers' Trainer; the adapters of :mod:`echelon.adapt` need its ``AdapterCallback``.
         on_step: called with each line of the log and the number of steps as ``of``.
 
     Returns:
@@ -111,14 +123,17 @@ def fit(
         ValueError: if the method finds no target, or a knob is out of range.
     """
     out, method, training = Path(out), method or AdamW(), training or Training()
-    _refuse(model, method, optimizer, training)
+    _refuse(model, method, optimizer, adapter, training)
     arguments = trainer_arguments(out, training)
     world, rank = arguments.world_size, arguments.process_index
     rows = _rows("data", data, tokenizer, training)
     reading = Reading(rows, training.steps * training.batch_size * world, training.seed)
     aside = _rows("held_out", held_out, tokenizer, training).first(training.eval_tokens) if held_out is not None else None
+    if adapter is not None:
+        adapter.task_type = adapter.task_type or "CAUSAL_LM"
     told = {
-        "method": _described(method), "optimizer": _described(optimizer), "training": dataclasses.asdict(training), "processes": world,
+        "method": _described(method), "optimizer": _described(optimizer), "adapter": _described_adapter(adapter),
+        "training": dataclasses.asdict(training), "processes": world,
         "model": _fingerprint(model), "order": reading.digest(), "held_out": None if aside is None else Reading(aside, len(aside), 0).digest(),
     }  # fmt: skip
     _claim(out, json.loads(json.dumps(told)))
@@ -129,6 +144,14 @@ def fit(
     was_training, cached = model.training, model.config.use_cache
     model.to(arguments.device)  # type: ignore[arg-type]
     before = _before(out, lambda: look(model), rank) if aside is not None else None
+    constant: frozenset[int] = frozenset()
+    if adapter is not None:
+        if prepare is not None:
+            mine = Subset(Reading(rows, len(rows), training.seed), range(rank, len(rows), world))
+            rate = method.lr * LearningRate(training.steps, round(training.warmup * training.steps), training.floor)(1)
+            with own_randomness(training.seed):
+                prepare(model, DataLoader(mine, batch_size=micro), rate)
+        model, constant = _adapted(model, adapter, training.seed)  # type: ignore[assignment]  # what trainer and file need, both have
     model = method.prepare(model) if isinstance(method, OptimizerMethod) else model
     counted: dict[str, float] | None = None
     with contextlib.suppress(ValueError):  # an optimizer that is not ours
@@ -137,7 +160,7 @@ def fit(
         method.convert(model)
     resume = checkpoints.newest(out)
     if resume is not None:
-        checkpoints.restore(resume, model)
+        checkpoints.restore(resume, model, constant)
     if rank == 0:
         checkpoints.remove_leftovers(out)
         _shorten(out / "log.jsonl", checkpoints.step_of(resume) if resume else 0)
@@ -154,9 +177,9 @@ def fit(
         with own_randomness(training.seed):
             trainer = LanguageTrainer(
                 model, arguments, train_dataset=reading, optimizers=(chosen, learning_rate(chosen, method, training.steps, training.warmup, training.floor)),
-                callbacks=[MethodCallback(method)] if isinstance(method, LayerMethod) else [],
+                callbacks=[*([MethodCallback(method)] if isinstance(method, LayerMethod) else []), *callbacks],
             )  # fmt: skip
-            trainer.begin(method, training, out, look if aside is not None else None, on_step)
+            trainer.begin(method, training, out, look if aside is not None else None, on_step, constant)
             torch.manual_seed(training.seed + rank)  # dropout differs between processes
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -190,7 +213,7 @@ def fit(
     return result
 
 
-def _refuse(model: Any, method: Any, optimizer: Any, training: Training) -> None:
+def _refuse(model: Any, method: Any, optimizer: Any, adapter: Any, training: Training) -> None:
     """Raises: UserError: for what does not go together."""
     masked = getattr(model, "loss_type", None) not in (None, "ForCausalLM")
     if masked or getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
@@ -204,6 +227,10 @@ def _refuse(model: Any, method: Any, optimizer: Any, training: Training) -> None
         raise UserError(f"layerwise does not go with {type(method).__name__}, which looks at all gradients together before the step")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise UserError("accelerate's own FSDP is not used here; start with torchrun and set fsdp")
+    if adapter is not None and isinstance(method, LayerMethod):
+        raise UserError(f"an adapter does not go with {type(method).__name__}, which swaps layers itself; give an optimizer as method")
+    if adapter is not None and (training.layerwise or training.fsdp):
+        raise UserError(f"{'layerwise' if training.layerwise else 'fsdp'} does not go with an adapter, whose gradients and state are small")
     if training.fsdp and isinstance(method, LayerMethod):
         raise UserError(f"fsdp does not go with {type(method).__name__}, whose layers change between steps; it is for optimizers")
     if training.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
@@ -220,6 +247,21 @@ def _rows(what: str, data: Any, tokenizer: PreTrainedTokenizerBase, training: Tr
 
 def _described(method: Any) -> dict[str, Any] | None:
     return None if method is None else {"name": getattr(method, "method_name", type(method).__name__), **dataclasses.asdict(method)}
+
+
+def _described_adapter(adapter: PeftConfig | None) -> dict[str, Any] | None:
+    if adapter is None:
+        return None
+    name = getattr(adapter, "method_name", str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower())
+    return {"name": name} | {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.to_dict().items()}
+
+
+def _adapted(model: PreTrainedModel, adapter: PeftConfig, seed: int) -> tuple[PeftModel, frozenset[int]]:
+    """The model with an adapter, and the ids of parameters that are and stay as the model had them (PiSSA changes some)."""
+    before = {id(p): (p.data_ptr(), p._version) for p in model.parameters()}
+    with own_randomness(seed):
+        made = get_peft_model(model, adapter)
+    return made, frozenset(id(p) for p in made.parameters() if not p.requires_grad and before.get(id(p)) == (p.data_ptr(), p._version))
 
 
 @torch.no_grad()
@@ -248,7 +290,7 @@ def _claim(out: Path, told: dict[str, Any]) -> None:
                 named = {"model": "another model", "order": "other data", "held_out": "another held-out text"}
                 what = named.get(key, f"{key} {other!r} where this one has {value!r}")
                 raise UserError(f"{out} holds a run with {what}; give the same, choose another folder, or remove it")
-    elif not begun and out.is_dir() and (out / "config.json").is_file():
+    elif not begun and any((out / name).is_file() for name in CONFIGS):
         raise UserError(f"{out} holds a model that this did not make; give a new folder")
     if processes() > 1:
         dist.barrier()  # all have looked
@@ -322,11 +364,11 @@ def _perplexities(before: HeldOutLoss, after: HeldOutLoss, legacy: bool) -> dict
 
 
 def _keep(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None) -> None:
-    """Put the finished model into the folder, ``config.json`` last: without it the folder is none that loads."""
+    """Put the finished model or adapter into the folder, its config last."""
     ready = out / ".model"
     with folder_whole(ready) as aside:
         model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
-    for file in sorted(ready.iterdir(), key=lambda file: file.name == "config.json"):
+    for file in sorted(ready.iterdir(), key=lambda file: file.name in CONFIGS):
         os.replace(file, out / file.name)
     ready.rmdir()

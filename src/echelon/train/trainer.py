@@ -79,6 +79,7 @@ def trainer_arguments(out: Path, training: Training) -> TrainingArguments:
     made = TrainingArguments(
         output_dir=str(out), max_steps=training.steps, per_device_train_batch_size=training.batch_size // training.accumulate,
         gradient_accumulation_steps=training.accumulate, max_grad_norm=training.max_grad_norm, bf16=training.bf16, use_cpu=not cuda,
+        warmup_steps=round(training.warmup * training.steps),  # told to callbacks; the schedule is our own
         ddp_backend="gloo" if several and not cuda else None, train_sampling_strategy="sequential", save_strategy="steps" if training.save_every else "no",
         save_steps=max(1, training.save_every), logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, report_to="none",
         disable_tqdm=True, seed=training.seed, remove_unused_columns=False, dataloader_pin_memory=cuda,
@@ -91,7 +92,12 @@ def trainer_arguments(out: Path, training: Training) -> TrainingArguments:
 class LanguageTrainer(Trainer):
     """Reads rows in their order, asks the method for the loss, writes our log and checkpoints."""
 
-    def begin(self, method: OptimizerMethod | LayerMethod, training: Training, out: Path, look: Callable[[Any], HeldOutLoss] | None, tell: Tell | None) -> None:
+    def begin(
+        self, method: OptimizerMethod | LayerMethod, training: Training, out: Path, look: Callable[[Any], HeldOutLoss] | None, tell: Tell | None,
+        constant: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        """Say what the run is; ``constant`` are ids of parameters that checkpoints leave out."""
+        self.constant = constant
         self.method, self.training, self.out, self.look, self.tell = method, training, out, look, tell or (lambda _: None)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # so that all of a step's tokens are counted, labels being shifted
         self.is_distributed_loading_by_transformers = training.fsdp  # Trainer's word for a model that comes sharded: it is not wrapped again
@@ -150,7 +156,10 @@ class LanguageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         noise = _gathered(torch.random.get_rng_state(), self.args.device)
         devices = _gathered(torch.cuda.get_rng_state(self.args.device), self.args.device) if self.args.device.type == "cuda" else []
-        weights, held = gathered(self.model, _plain(self.optimizer)) if self.training.fsdp else (checkpoints.own_tensors(self.model), None)  # type: ignore[arg-type]
+        if self.training.fsdp:
+            weights, held = gathered(self.model, _plain(self.optimizer))  # type: ignore[arg-type]
+        else:
+            weights, held = checkpoints.own_tensors(self.model, self.constant), None  # type: ignore[arg-type]
         if self.args.should_save:
             assert self.lr_scheduler is not None
             state = {"optimizer": held or _plain(self.optimizer).state_dict(), "schedule": self.lr_scheduler.state_dict(), "noise": noise, "devices": devices}
