@@ -226,7 +226,7 @@ def test_an_edited_sweep_runs_again(told):
         ({"budget": {"tokens": 63, "batch_size": 4, "seqlen": 16}}, "budget.tokens is 63; it must be a whole number of at least 64"),
         ({"budget": {"tune_tokens": 1, "batch_size": 4, "seqlen": 16}}, "budget.tune_tokens is 1"),
         ({"budget": {"seqlen": 0}}, "budget.seqlen is 0"),
-        ({"budget": {"warmup": 2}}, r"budget: warmup is 2; it must be a number in \[0, 1\]"),
+        ({"budget": {"warmup": 2}}, r"budget: warmup is 2; it must be in \[0, 1\]"),
         ({"budget": {"seqlen": 65}}, "budget.seqlen is 65; the model has max_position_embeddings 64"),
         ({"data": {"modle": {}}}, "unknown key 'modle' under data.*did you mean 'model'"),
         ({"data": {"model": {"hidden": 3}}}, "unknown key 'hidden' under data.model"),
