@@ -64,7 +64,7 @@ def peers(folder: Path) -> dict[str, Callable[..., torch.optim.Optimizer]]:
 
     def grouped(cls: Any) -> Callable[..., torch.optim.Optimizer]:
         def make(targets: list[Any], rest: list[Any]) -> torch.optim.Optimizer:
-            settings = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+            settings = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std", "projection_type": "std"}  # both names
             return cls([{"params": targets, **settings}, {"params": rest}], lr=0.01)
 
         return make
