@@ -11,33 +11,15 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 import small_models
 from echelon.adapt import NolaConfig, load_adapter
 from echelon.adapt.nola import BasisCache, restored, rounded
 from echelon.linalg.bases import Basis, seed_of
+from small_parts import Toy, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 COUNTS = 10, 7
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Toy(nn.Module):
-    """One linear layer from 7 to 5."""
-
-    def __init__(self, rows=5, columns=7):
-        super().__init__()
-        self.layer = nn.Linear(columns, rows)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(noise(*p.shape, seed=0))
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 X = noise(11, 7)
@@ -46,7 +28,7 @@ X = noise(11, 7)
 def toy(shaken=True, base=None, **knobs):
     """A wrapped toy, its layer, and its coefficients."""
     usual = {"r": 3, "lora_alpha": 12.0, "num_basis_A": COUNTS[0], "num_basis_B": COUNTS[1], "target_modules": ["layer"]}
-    model = get_peft_model(base or Toy(), NolaConfig(**(usual | knobs)))
+    model = get_peft_model(base or Toy(5, 7), NolaConfig(**(usual | knobs)))
     layer = model.base_model.model.layer
     a, b = layer.echelon_nola_coef_A["default"], layer.echelon_nola_coef_B["default"]
     if shaken:
@@ -76,7 +58,7 @@ def test_output_and_gradients_are_those_of_the_bases_as_a_whole(chunk, cache):
     mine = [t.detach().clone().requires_grad_() for t in (a, b)]
     A, B = explicit(*mine)
     x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
-    expected = Toy()(y) + 12 / 3 * y @ A.T @ B.T
+    expected = Toy(5, 7)(y) + 12 / 3 * y @ A.T @ B.T
     for _ in range(2):  # the second time from the cache
         a.grad = b.grad = x.grad = None
         found = model(x)
@@ -123,7 +105,7 @@ def test_a_cache_keeps_the_first_that_fit_and_one_copy_of_each():
 
 def test_a_fresh_adapter_adds_nothing_and_only_beta_has_a_gradient():
     model, _, a, b = toy(shaken=False)
-    assert torch.equal(model(X), Toy()(X))
+    assert torch.equal(model(X), Toy(5, 7)(X))
     model(X).square().sum().backward()
     assert not a.grad.any() and b.grad.abs().min() > 0
 
@@ -137,7 +119,7 @@ def test_factors_are_kept_while_nothing_trains_and_mixed_again_when_coefficients
         assert torch.equal(model(X), first) and layer.mixtures["default"] is kept
         b.data *= 2
         twice = model(X)
-    torch.testing.assert_close(twice - Toy()(X), 2 * (first - Toy()(X)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twice - Toy(5, 7)(X), 2 * (first - Toy(5, 7)(X)), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         b /= 2
         assert torch.equal(model(X), first)
@@ -148,7 +130,7 @@ def test_factors_are_kept_while_nothing_trains_and_mixed_again_when_coefficients
     x = X.clone().requires_grad_()
     model(x).sum().backward()
     A, B = explicit(a, b)
-    torch.testing.assert_close(x.grad, (Toy().layer.weight + 4 * B @ A).sum(0).expand(11, 7), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, (Toy(5, 7).layer.weight + 4 * B @ A).sum(0).expand(11, 7), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_does_not_round_the_mixtures():

@@ -14,27 +14,10 @@ from torch import nn
 import small_models
 from echelon.adapt import RandLoraConfig, convert_randlora, load_adapter
 from echelon.errors import UserError
+from small_parts import Toy, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TARGETS = {"llama": ["q_proj", "k_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Toy(nn.Module):
-    """One linear layer."""
-
-    def __init__(self, rows=6, columns=11):
-        super().__init__()
-        self.layer = nn.Linear(columns, rows)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(noise(*p.shape, seed=0))
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def toy(rows=6, columns=11, shaken=True, **knobs):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,18 +23,11 @@ from echelon.train.layers import Maestro, export, merge, ordered_dropout, reesti
 from echelon.train.layers.maestro import distillation, proximal
 from echelon.train.layers.ordered import ordered
 from echelon.train.optimizers import AdamW
+from small_parts import noise as drawn
+from small_parts import seeded
 
 DATA = os.environ.get("ECHELON_DATA")
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-def noise(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+noise = partial(drawn, dtype=torch.float64)
 
 
 class Net(nn.Module):

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,12 @@ from echelon.models.modules import LowRankLinear, build
 from echelon.train.layers import TRP, decompose
 from echelon.train.layers.trp import fill, parts, ranks_by
 from echelon.train.optimizers import AdamW
+from small_parts import noise as drawn
+from small_parts import seeded
 
 SCHEMES = ["nc", "vh", "nd"]
 DATA = os.environ.get("ECHELON_DATA")
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
-
-
-def noise(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+noise = partial(drawn, dtype=torch.float64)
 
 
 def convolution(dtype=torch.float64, **options):

@@ -122,8 +122,8 @@ class DeltaConfig(PeftConfig):
         return self.usual_alpha(self.rank_of(name)) if alpha is None else alpha
 
     def usual_alpha(self, rank: int) -> float:
-        """``lora_alpha`` of a layer of this rank where none is given, for tuners whose default is null."""
-        raise NotImplementedError
+        """``lora_alpha`` of a layer of this rank where none is given, for tuners whose default is null: its rank, which makes the scale 1."""
+        return float(rank)
 
     def start_from(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
         """Look at training data, where the method starts from it: called before an adapter of this config is put on a model.

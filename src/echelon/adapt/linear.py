@@ -5,6 +5,7 @@ which two factors it stands for (:meth:`DeltaLinear.factors`); forward, merging,
 """
 
 import warnings
+from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -102,17 +103,17 @@ class DeltaLinear(nn.Module, BaseTunerLayer):
         if rank > min(sizes(module)):
             warnings.warn(f"r is {rank}; {key} is {' x '.join(map(str, sizes(module)[::-1]))}, so more than {min(sizes(module))} adds nothing", stacklevel=2)
 
+    @abstractmethod
     def start(self, name: str, config: DeltaConfig) -> dict[str, Tensor]:
         """First values of every part of a new adapter; its rank stands in ``ranks``.
 
         Raises:
             ValueError: if they cannot be formed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def factors(self, name: str) -> LoraFactors:
         """What an adapter stands for, differentiable in what it trains."""
-        raise NotImplementedError
 
     def apply_delta(self, name: str, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """What an adapter adds to the output for an input that went through dropout."""

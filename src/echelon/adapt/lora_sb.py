@@ -103,9 +103,6 @@ class LoraSbConfig(DeltaConfig):
         self.stored = self.factor_signature is not None  # read from a file: the values come with the checkpoint
         self.prepared: dict[str, Core] = {}
 
-    def usual_alpha(self, rank: int) -> float:
-        return float(rank)
-
     def start_from(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], learning_rate: float) -> None:
         """:func:`prepare`, where the init is one from an update; the first step has the size of ``learning_rate`` unless ``init_lr`` is given."""
         if self.init_weights in UPDATES:

@@ -159,9 +159,6 @@ class NolaConfig(DeltaConfig):
         self.stored = self.basis_signature is not None  # read from a file
         self.cache = BasisCache({"none": 0, "auto": self.basis_cache_bytes, "all": math.inf}[self.basis_cache])
 
-    def usual_alpha(self, rank: int) -> float:
-        return float(rank)
-
     @property
     def counts(self) -> tuple[int, int]:
         """How many matrices A and B are mixed from."""

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 _LAZY = {
-    "Compressed": "base", "Compressor": "base", "Job": "base", "Layer": "linear", "LinearCompressor": "linear",
+    "Compressed": "base", "Compressor": "base", "Job": "base", "Layer": "linear", "LinearCompressor": "linear", "LowRankCompressor": "linear",
     "Report": "report", "linear_targets": ".models.targets", "LowRankLinear": ".models.modules", "EchelonConfig": ".models.reload",
     "from_config": ".models.reload",
     "compress_checkpoint": "streaming", "save": "export", "merge_to_dense": "export", "size": "budget", "solve": "budget",

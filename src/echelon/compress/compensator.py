@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from echelon.calibrate import Calibration, InputObserver, LayerWalker, calibration_batches
+from echelon.calibrate import Calibration, InputObserver, LayerWalker, Moments, calibration_batches
 from echelon.calibrate.statistics import observe_whole
 from echelon.compress.export import whole_folder
 from echelon.compress.lora import lora_config
@@ -150,8 +150,11 @@ class Compensator(ABC):
         """Factors of one error in float64, balanced; ``seen`` is what :meth:`watch` made."""
 
     def watch(self, rows: int) -> Callable[[int, Any], Any]:
-        """Makes an accumulator of inputs, given their width and device; it has ``update(x, mask)``. ``rows`` is how many rows there will be."""
-        raise NotImplementedError
+        """Makes an accumulator of inputs, given their width and device: second moments by default.
+
+        It has ``update(x, mask)``; ``rows`` is how many will come.
+        """
+        return Moments.of
 
     def norm(self, seen: Any) -> Float[Tensor, "in in"] | None:
         """The H of the norm trace(E H E^T) that is minimised; None for the Frobenius norm."""

@@ -23,7 +23,7 @@ from echelon.calibrate import Calibration, Moments
 from echelon.calibrate.statistics import Statistics, observe_whole
 from echelon.compress.base import Job
 from echelon.compress.budget import size
-from echelon.compress.linear import Layer, LinearCompressor, named_by
+from echelon.compress.linear import Layer, LowRankCompressor, named_by
 from echelon.compress.mimicked import MimickedLinear, MimickedTables
 from echelon.data.clicks import Clicks
 from echelon.linalg.lowrank import Factors
@@ -61,7 +61,7 @@ class State:
     published="click models on Criteo and Avazu 3 to 5 times smaller with an AUC above the original's, after fine-tuning (abstract)",
 )  # fmt: skip
 @dataclass(frozen=True)
-class FeatureMimic(LinearCompressor):
+class FeatureMimic(LowRankCompressor):
     """Factor ``y = W x + b`` into ``U_r (U_r^T y)`` about the mean, U_r the leading axes of Cov(y), and tables E into ``(E - mean) U_k`` with a decoder.
 
     On click models (:mod:`echelon.models.ctr`) the linear layers are those of the deep part, the embedding tables are compressed too, and, where

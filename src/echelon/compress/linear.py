@@ -1,6 +1,7 @@
 """Compressors that treat a model one linear layer at a time; they need to know nothing of its architecture."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,7 @@ class Layer:
 class LinearCompressor(Compressor):
     """Base of methods that replace linear layers one by one.
 
-    A low-rank method overrides :meth:`plan` and :meth:`factor` (and :meth:`spectrum`, where ranks depend on spectra). A quantiser or a pruner,
-    whose layers are not two factors, overrides :meth:`specs` and :meth:`replace`, and leaves :meth:`plan` alone.
+    :meth:`specs` says what each becomes, :meth:`replace` makes it. Where that is two factors of a planned rank, :class:`LowRankCompressor` has both.
 
     Attributes:
         target_modules: which layers; see :func:`linear_targets`.
@@ -71,22 +71,12 @@ class LinearCompressor(Compressor):
 
     @property
     def uses_moments(self) -> bool:
-        """Whether :meth:`factor` (and :meth:`spectrum`) want the moments of the layer's inputs."""
+        """Whether the method wants the moments of the layer's inputs."""
         return False
 
     @property
     def uses_spectrum(self) -> bool:
-        """Whether :meth:`plan` wants spectra."""
-        return False
-
-    @property
-    def adds_bias(self) -> bool:
-        """Whether a layer without a bias gets one."""
-        return False
-
-    @property
-    def may_grow(self) -> bool:
-        """Whether a layer is factored even where this takes more parameters than it has."""
+        """Whether :meth:`specs` wants spectra."""
         return False
 
     @property
@@ -96,16 +86,6 @@ class LinearCompressor(Compressor):
     def spectrum(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, moments: Moments | None) -> Float[Tensor, " k"]:
         """Singular values (or what stands for them), descending, from which ranks are planned."""
         return torch.linalg.svdvals(weight.double())
-
-    def plan(self, layers: Mapping[str, Layer]) -> dict[str, int]:
-        """The rank of each layer; one that is not named stays dense."""
-        raise NotImplementedError
-
-    def factor(
-        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, moments: Moments | None, rank: int
-    ) -> Factors:
-        """The factors of one layer."""
-        raise NotImplementedError
 
     def layers(self, job: Job) -> dict[str, Layer]:
         """The layers that may be replaced."""
@@ -128,27 +108,6 @@ class LinearCompressor(Compressor):
                 layer.spectrum = self.spectrum(layer.weight, layer.bias, layer.moments)
                 job.progress("spectra", done, len(layers))
         return layers
-
-    def specs(self, job: Job, state: dict[str, Layer]) -> dict[str, Spec]:
-        """Factors of the planned ranks; layers for which that saves nothing stay as they are."""
-        made: dict[str, Spec] = {}
-        ranks = self.plan(state)
-        for name, layer in state.items():
-            if name not in ranks:
-                job.report.skip(name, "the rank rule leaves it dense")
-                continue
-            rank = ranks[name]
-            (rows, columns), bias = layer.shape, layer.bias is not None or self.adds_bias
-            dense = rows * columns + rows * (layer.bias is not None)
-            if rank < 1:
-                raise ValueError(f"{self.method_name}: the rank of {name} would be {rank}; it must be at least 1")
-            if not self.may_grow and rank * (rows + columns) + rows * bias >= dense:
-                job.refuse(name, f"rank {rank} of {rows} x {columns} saves nothing (it breaks even at {break_even(rows, columns)})")
-                continue
-            if rank > min(rows, columns):
-                raise ValueError(f"{self.method_name}: rank {rank} of {name} is above min({rows}, {columns})")
-            made[name] = lowrank_spec(layer, rank, bias)
-        return made
 
     def apply(self, job: Job, state: dict[str, Layer], specs: Mapping[str, Spec]) -> None:
         done = 0
@@ -186,16 +145,9 @@ class LinearCompressor(Compressor):
         module, job.report.modules[layer.name] = self.replace(layer, spec)
         put(job.model, layer.name, module, places(job.model, layer.module))
 
+    @abstractmethod
     def replace(self, layer: Layer, spec: Spec) -> tuple[nn.Module, dict[str, Any]]:
         """The module that takes a layer's place, with its values, and what the report says of it."""
-        factors = self.factor(layer.weight, layer.bias, layer.moments, spec["rank"])
-        module: Any = build(spec, layer.module)
-        bias = layer.bias
-        if factors.bias_delta is not None:
-            bias = factors.bias_delta if bias is None else bias.double() + factors.bias_delta
-        module.fill(factors.up, factors.down, torch.zeros(layer.shape[0]) if bias is None and spec["bias"] else bias)
-        lost, error = factors.report["tail"], factors.report["rel_err"]
-        return module, {"rank": spec["rank"], "lost": lost, "tail_energy": error**2, "rel_err": error}
 
     def _observe(self, job: Job, layers: Mapping[str, Layer]) -> None:
         found = job.statistics
@@ -209,6 +161,65 @@ class LinearCompressor(Compressor):
         few = {layer.moments.n for layer in layers.values() if layer.moments is not None and layer.moments.n < layer.shape[1]}
         if few:
             warn_of_few_tokens(self, min(few), max(layer.shape[1] for layer in layers.values()))
+
+
+class LowRankCompressor(LinearCompressor):
+    """Base of methods that put two factors in a layer's place: :meth:`plan` chooses ranks, :meth:`factor` the factors.
+
+    :meth:`spectrum` says what ranks are planned from, where they depend on spectra.
+    """
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether a layer without a bias gets one."""
+        return False
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether a layer is factored even where this takes more parameters than it has."""
+        return False
+
+    @abstractmethod
+    def plan(self, layers: Mapping[str, Layer]) -> dict[str, int]:
+        """The rank of each layer; one that is not named stays dense."""
+
+    @abstractmethod
+    def factor(
+        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, moments: Moments | None, rank: int
+    ) -> Factors:
+        """The factors of one layer."""
+
+    def specs(self, job: Job, state: dict[str, Layer]) -> dict[str, Spec]:
+        """Factors of the planned ranks; layers for which that saves nothing stay as they are."""
+        made: dict[str, Spec] = {}
+        ranks = self.plan(state)
+        for name, layer in state.items():
+            if name not in ranks:
+                job.report.skip(name, "the rank rule leaves it dense")
+                continue
+            rank = ranks[name]
+            (rows, columns), bias = layer.shape, layer.bias is not None or self.adds_bias
+            dense = rows * columns + rows * (layer.bias is not None)
+            if rank < 1:
+                raise ValueError(f"{self.method_name}: the rank of {name} would be {rank}; it must be at least 1")
+            if not self.may_grow and rank * (rows + columns) + rows * bias >= dense:
+                job.refuse(name, f"rank {rank} of {rows} x {columns} saves nothing (it breaks even at {break_even(rows, columns)})")
+                continue
+            if rank > min(rows, columns):
+                raise ValueError(f"{self.method_name}: rank {rank} of {name} is above min({rows}, {columns})")
+            made[name] = lowrank_spec(layer, rank, bias)
+        return made
+
+    def replace(self, layer: Layer, spec: Spec) -> tuple[nn.Module, dict[str, Any]]:
+        """The module that takes a layer's place, with its values, and what the report says of it."""
+        factors = self.factor(layer.weight, layer.bias, layer.moments, spec["rank"])
+        module: Any = build(spec, layer.module)
+        bias = layer.bias
+        if factors.bias_delta is not None:
+            bias = factors.bias_delta if bias is None else bias.double() + factors.bias_delta
+        module.fill(factors.up, factors.down, torch.zeros(layer.shape[0]) if bias is None and spec["bias"] else bias)
+        lost, error = factors.report["tail"], factors.report["rel_err"]
+        return module, {"rank": spec["rank"], "lost": lost, "tail_energy": error**2, "rel_err": error}
 
 
 def warn_of_few_tokens(compressor: Compressor, tokens: int, width: int) -> None:

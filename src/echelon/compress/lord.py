@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echelon import linalg
 from echelon.calibrate import Moments
-from echelon.compress.linear import Layer, LinearCompressor, named_by
+from echelon.compress.linear import Layer, LowRankCompressor, named_by
 from echelon.linalg.lowrank import Factors
 from echelon.models.targets import Targets
 from echelon.registry import method
@@ -28,7 +28,7 @@ from echelon.registry import method
     published="StarCoder 16B to 13.2B without a drop of HumanEval pass@1; up to 22 % faster (abstract)",
 )  # fmt: skip
 @dataclass(frozen=True)
-class LoRD(LinearCompressor):
+class LoRD(LowRankCompressor):
     """Factor ``W (out, in)`` as ``up (out, r) @ down (r, in)`` with ``up`` the top-r eigenvectors of Cov(Wx).
 
     Among all affine maps of rank r this one loses least of the layer's output in mean squared error over the calibration tokens; the loss is

@@ -5,6 +5,7 @@ it was. What is packed stands in integer buffers, which no cast to another dtype
 floating-point numbers for that reason.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from echelon.models.modules import Spec, dense_module, kind, like
 _AT_ONCE = 2**24  # numbers of a matrix that are unpacked at once
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear, ABC):
     """Base of the two: everything but how the matrix is stored.
 
     Args:
@@ -32,9 +33,9 @@ class PackedLinear(nn.Linear):
         self.register_buffer("weight", torch.empty(0, **factory))
         self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_features, **factory)) if spec["bias"] else None)
 
+    @abstractmethod
     def dense(self) -> Float[Tensor, "out in"]:
         """The matrix that the layer multiplies by, in the layer's dtype."""
-        raise NotImplementedError
 
     @property
     def macs(self) -> int:

@@ -23,7 +23,7 @@ from echelon import linalg
 from echelon.calibrate import Moments
 from echelon.compress.base import Job
 from echelon.compress.distill import Distillation, FeatureDistiller
-from echelon.compress.linear import Layer, LinearCompressor
+from echelon.compress.linear import Layer, LowRankCompressor
 from echelon.linalg.checks import number, one_of
 from echelon.linalg.lowrank import Factors
 from echelon.models.modules import LowRankLinear, Spec, dense_weight, factored, is_linear
@@ -39,7 +39,7 @@ NORMS = ("max_abs", "max_row_sum", "fro")
     published="1/3 to 2/3 of the parameters of DeiT-B, DeiT-III-L, Swin-B and ALBEF removed for about 0.6 points on average (abstract)",
 )  # fmt: skip
 @dataclass(frozen=True)
-class PELA(LinearCompressor):
+class PELA(LowRankCompressor):
     """Factor ``W (out, in)`` as ``U sqrt(S) (out, r)`` and ``sqrt(S) V^T (r, in)`` with r = floor(m p / (c (m + p))), then train all parameters.
 
     The loss is that of the task, plus ``feature_weight`` times the mean squared error of the blocks' outputs against the original model, plus

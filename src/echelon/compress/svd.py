@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echelon import linalg
 from echelon.calibrate import Moments
-from echelon.compress.linear import Layer, LinearCompressor
+from echelon.compress.linear import Layer, LowRankCompressor
 from echelon.linalg.lowrank import Factors
 from echelon.models.targets import Targets
 from echelon.registry import method
@@ -28,7 +28,7 @@ from echelon.registry import method
     needs="calibration text if whitened",
 )  # fmt: skip
 @dataclass(frozen=True)
-class SVD(LinearCompressor):
+class SVD(LowRankCompressor):
     """Replace ``W (out, in)`` by its best rank-r approximation, in the Frobenius norm or in that of its outputs on the calibration tokens.
 
     Attributes:

@@ -22,7 +22,7 @@ from echelon import linalg
 from echelon.calibrate import Moments
 from echelon.compress.base import Job
 from echelon.compress.fused import split_layers, split_modules, split_specs
-from echelon.compress.linear import Layer, LinearCompressor
+from echelon.compress.linear import Layer, LowRankCompressor
 from echelon.compress.recovery import low_rank_parameters, select_trainable
 from echelon.data.files import write_whole
 from echelon.errors import UserError
@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
     published="Llama-2-7B at 50 % rank reduction, only the factors fine-tuned: better than full fine-tuning, 3x throughput, 0.6x memory (abstract)",
 )  # fmt: skip
 @dataclass(frozen=True)
-class WeLore(LinearCompressor):
+class WeLore(LowRankCompressor):
     """Drop, in every matrix, the singular values that are small beside its largest, and factor it if few enough remain.
 
     Singular values are mapped to ``(s - s_min) / (s_max - s_min)`` matrix by matrix; those below one threshold, the same for all, are dropped. A

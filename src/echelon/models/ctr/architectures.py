@@ -3,6 +3,7 @@
 They follow the papers named at each class; all have the linear part, as DeepCTR's have, also where the paper (DCN, AutoInt) leaves it out.
 """
 
+from abc import ABC, abstractmethod
 from itertools import combinations, pairwise
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ class Deep(nn.Module):
         return x
 
 
-class CTRModel(PreTrainedModel):
+class CTRModel(PreTrainedModel, ABC):
     """Base of the click models; a subclass says how embeddings interact and what its deep part reads.
 
     Attributes:
@@ -74,9 +75,9 @@ class CTRModel(PreTrainedModel):
         loss = None if labels is None else nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
+    @abstractmethod
     def interact(self, vectors: Vectors, flat: Flat, dense: Dense) -> Float[Tensor, " rows"]:
         """All of the logit but its linear part."""
-        raise NotImplementedError
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

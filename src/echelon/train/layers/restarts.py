@@ -5,6 +5,7 @@ factors is split evenly (U sqrt(S), sqrt(S) V^T), which makes the factored probl
 expressed in old factors are dropped. Differs from its code: every factored layer can be refactored, not only SLTrain's.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,9 +43,9 @@ class Restarts(LayerMethod):
             whole(name, getattr(self, name), 0)
         number("recovery_start", self.recovery_start, 0, 1)
 
+    @abstractmethod
     def factors(self, model: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         """The pairs (B, A) whose product may be split anew."""
-        raise NotImplementedError
 
     def lr_scale(self, step: int, base: LearningRate) -> float:
         """The schedule, with a ramp of ``recovery_steps`` behind every reset: from ``recovery_start`` of what the schedule says at its end."""
