@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,12 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TESTS / "two_processes.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    told = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    for _ in range(2):  # a second try if torch itself crashed: gloo's gathering has been seen to, once in some dozens of runs
+        ran = subprocess.run(words, env={**os.environ, "PYTHONPATH": path, **told}, capture_output=True, text=True, timeout=300)
+        if "(SIGSEGV)" not in ran.stderr:
+            break
+        warnings.warn(f"a process crashed: {ran.stderr[-6000:]}", stacklevel=1)
     assert ran.returncode == 0, ran.stderr[-6000:]
     return folder
 

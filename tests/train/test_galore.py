@@ -70,7 +70,7 @@ def test_all_of_a_windows_update_lies_in_its_subspace(shape):
     basis = state["right"] if shape[0] > shape[1] else state["left"]
     rest = moved - (moved @ basis @ basis.T if shape[0] > shape[1] else basis @ (basis.T @ moved))
     assert rest.norm() <= 1e-10 * moved.norm()
-    assert torch.linalg.matrix_rank(moved) <= 2
+    assert torch.linalg.matrix_rank(moved, atol=1e-12) <= 2
 
 
 def test_a_full_basis_keeps_norms_and_plain_descent():

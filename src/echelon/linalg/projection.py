@@ -18,7 +18,7 @@ from echelon.linalg.checks import one_of, whole
 Side = Literal["left", "right", "full"]
 SIDES = ("std", "reverse_std", "left", "right", "full")
 METHODS = ("exact", "randomized", "random", "dct")
-OVERSAMPLE, POWER_STEPS = 8, 2
+OVERSAMPLE = 8
 
 
 def side_of(shape: tuple[int, int], proj_type: str) -> Side:
@@ -36,8 +36,9 @@ class Projector:
     Attributes:
         rank: directions kept; at most the projected side.
         proj_type: side, see :func:`side_of`.
-        method: ``exact`` SVD in float32, a ``randomized`` one (range finder with 8 extra directions and 2 power steps, arXiv 0909.4061), ``random``
+        method: ``exact`` SVD in float32, a ``randomized`` one (range finder with 8 extra directions, arXiv 0909.4061), ``random``
             orthonormal directions that do not look at the gradient, or ``dct``: those of the cosine basis in which the gradient is largest (arXiv 2505.17967).
+        power_steps: of the randomized SVD; each sharpens the separation of the leading directions from the rest.
         deterministic: turn every direction so that its entry of largest magnitude is positive. Without it the sign is the SVD routine's.
     """
 
@@ -45,10 +46,12 @@ class Projector:
     proj_type: str = "std"
     method: str = "exact"
     deterministic: bool = False
+    power_steps: int = 2
 
     def __post_init__(self) -> None:
         """Raises: ValueError: if a field is out of range."""
         whole("rank", self.rank, 1)
+        whole("power_steps", self.power_steps, 0)
         one_of("proj_type", self.proj_type, SIDES)
         one_of("method", self.method, METHODS)
 
@@ -103,8 +106,7 @@ class Projector:
             left, _, right = torch.linalg.svd(matrix, full_matrices=False)
             found = {"left": left[:, :rank], "right": right[:rank].T}
         else:
-            left, right = _range(matrix, rank, generator)
-            found = {"left": left, "right": right}
+            found = _range(matrix, rank, generator, wanted, self.power_steps)
         return {name: found[name] for name in wanted}
 
     def down(self, gradient: Float[Tensor, "m n"], state: MutableMapping[str, Tensor]) -> Tensor:
@@ -119,6 +121,15 @@ class Projector:
             low = _directions(state, "left", low.dtype) @ low
         return low @ _directions(state, "right", low.dtype).T if "right" in state else low
 
+    def add_up(self, weight: Float[Tensor, "m n"], low: Tensor, state: MutableMapping[str, Tensor], factor: float) -> None:
+        """Add ``factor`` times :meth:`up` to a weight, in one product and without a copy of its size."""
+        first, second = low, None
+        if "left" in state:
+            first, second = _directions(state, "left", low.dtype), low
+        if "right" in state:
+            first, second = first if second is None else first @ second, _directions(state, "right", low.dtype).T
+        weight.addmm_(first, second, alpha=factor)
+
 
 def _directions(state: MutableMapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
     kept = state[name]
@@ -127,24 +138,24 @@ def _directions(state: MutableMapping[str, Tensor], name: str, dtype: torch.dtyp
     return cosine.basis(int(state[f"{name}_size"]), dtype=dtype, device=kept.device)[:, kept]
 
 
-def _range(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Leading singular vectors on both sides, from the range of a few random combinations of the longer side's vectors."""
+def _range(matrix: Tensor, rank: int, generator: torch.Generator, wanted: list[str], power_steps: int) -> dict[str, Tensor]:
+    """Leading singular vectors on the sides wanted, from the range of a few random combinations of the longer side's vectors."""
     tall = matrix.shape[0] >= matrix.shape[1]
     work = matrix if tall else matrix.T  # (long, short)
-    width = rank + OVERSAMPLE
-    start = torch.randn(work.shape[0], width, generator=generator, dtype=torch.float32).to(matrix)
+    start = torch.randn(work.shape[0], rank + OVERSAMPLE, generator=generator, dtype=torch.float32).to(matrix)
     rows = torch.linalg.qr(work.T @ start).Q  # (short, width)
-    for _ in range(POWER_STEPS):
+    for _ in range(power_steps):
         rows = torch.linalg.qr(work.T @ (work @ rows)).Q
     # The spectrum within that range from the small Gram matrix; the long side is touched by one product only.
     image = work @ rows
     values, turn = torch.linalg.eigh((image.T @ image).double())
-    order = values.argsort(descending=True)[:rank]
-    turn = turn[:, order].to(matrix)
-    short = rows @ turn
-    long = torch.linalg.qr(image @ turn)
-    flip = torch.where(long.R.diagonal() < 0, -1.0, 1.0).to(matrix)
-    return (long.Q * flip, short) if tall else (short, long.Q * flip)
+    turn = turn[:, values.argsort(descending=True)[:rank]].to(matrix)
+    short_side, long_side = ("right", "left") if tall else ("left", "right")
+    found = {short_side: rows @ turn}
+    if long_side in wanted:
+        long = torch.linalg.qr(image @ turn)
+        found[long_side] = long.Q * torch.where(long.R.diagonal() < 0, -1.0, 1.0).to(matrix)
+    return found
 
 
 def projected_numbers(shape: tuple[int, int], rank: int, proj_type: str, method: str = "exact") -> tuple[int, tuple[int, int]]:

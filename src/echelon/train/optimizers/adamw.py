@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echelon.registry import method
 from echelon.train.optimizers.base import OptimizerMethod, decay
-from echelon.train.optimizers.moments import State, adam_direction, step_size
+from echelon.train.optimizers.moments import State, adam_step
 
 
 @method(
@@ -25,7 +25,7 @@ class AdamW(OptimizerMethod):
 
     def update(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
         decay(weight, knobs)
-        weight.add_(adam_direction(gradient, state, knobs, corrected_eps=True), alpha=-step_size(state, knobs))
+        adam_step(weight, gradient, state, knobs, corrected_eps=True)
 
     def by_number(self, knobs: Mapping[str, Any]) -> bool:
         return True

@@ -24,7 +24,7 @@ from echelon.errors import UserError
 from echelon.linalg.checks import number, one_of, whole
 from echelon.linalg.projection import METHODS, SIDES, Projector, projected_numbers
 from echelon.models.targets import Targets, linear_targets
-from echelon.train.optimizers.moments import State, adam_direction, step_size
+from echelon.train.optimizers.moments import State, adam_step
 
 Group = dict[str, Any]
 
@@ -116,7 +116,7 @@ class OptimizerMethod(ABC):
 
     def update_plain(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
         """AdamW as GaLore's code has it: ``eps`` beside the uncorrected root, decay behind the update."""
-        weight.add_(adam_direction(gradient, state, knobs), alpha=-step_size(state, knobs))
+        adam_step(weight, gradient, state, knobs)
         decay(weight, knobs)
 
 
@@ -131,7 +131,7 @@ class ProjectedMethod(OptimizerMethod):
         projection: how directions are chosen: `exact` SVD, a `randomized` one, `random` ones, or `dct` for those of a fixed cosine basis in which the gradient
             is largest.
         refresh_offset: step within the gap at which directions are chosen, or `stagger` to spread the matrices over the gap (their first directions then
-            come from a randomized SVD).
+            come from a quick randomized SVD).
         deterministic: fix the signs of the directions, so that they do not depend on the SVD routine.
         optim_target_modules: which matrices are projected: `all-linear` (those inside the blocks), `attention`, `mlp`, a regular expression, or a list of
             names or their ends; embeddings, heads, norms and biases never are.
@@ -182,7 +182,7 @@ class ProjectedMethod(OptimizerMethod):
                     state.pop("blank", None)
                 else:
                     state["blank"] = torch.ones((), dtype=torch.bool, device=gradient.device)
-            chosen = dataclasses.replace(projector, method="randomized") if offset and not due and knobs["projection"] == "exact" else projector
+            chosen = dataclasses.replace(projector, method="randomized", power_steps=1) if offset and not due and knobs["projection"] == "exact" else projector
             source = int(state["index"]) % processes()
             shared = processes() > 1 and knobs["projection"] != "dct"  # indices of the largest coefficients are cheap and the same everywhere
             if not shared or source == dist.get_rank():

@@ -12,7 +12,7 @@ from echelon.linalg import cosine
 from echelon.linalg.checks import one_of, whole
 from echelon.linalg.projection import side_of
 from echelon.train.optimizers.base import Group, OptimizerMethod, decay, processes, target_groups
-from echelon.train.optimizers.moments import State, adam_direction, step_size
+from echelon.train.optimizers.moments import State, adam_step
 
 
 @dataclass(frozen=True)
@@ -84,4 +84,4 @@ class FixedBasisMethod(OptimizerMethod):
     def update_plain(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
         """AdamW as in torch: decay first, ``eps`` beside the corrected root."""
         decay(weight, knobs)
-        weight.add_(adam_direction(gradient, state, knobs, corrected_eps=True), alpha=-step_size(state, knobs))
+        adam_step(weight, gradient, state, knobs, corrected_eps=True)

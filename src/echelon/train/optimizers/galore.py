@@ -55,19 +55,21 @@ class GaLore(ProjectedMethod):
 
     def update(self, weight: Float[Tensor, "m n"], gradient: Float[Tensor, "m n"], state: State, knobs: Mapping[str, Any]) -> None:
         projector = self.refresh(gradient, state, knobs)
-        self._apply(weight, projector.down(gradient, state), state, knobs, lambda low: projector.up(low, state).mul_(knobs["scale"]))
+        low = projector.down(gradient, state)
+        if knobs["base"] == "adamw":
+            projector.add_up(weight, adam_direction(low, state, knobs), state, -knobs["scale"] * step_size(state, knobs))
+            decay(weight, knobs)
+        else:
+            low = adafactor_direction(low, state, knobs)
+            decay(weight, knobs)
+            projector.add_up(weight, low, state, -knobs["scale"])
 
     def by_number(self, knobs: Mapping[str, Any]) -> bool:
         return "rank" not in knobs and knobs["base"] == "adamw"
 
     def update_plain(self, weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any]) -> None:
-        self._apply(weight, gradient, state, knobs, lambda update: update)
-
-    def _apply(self, weight: Tensor, gradient: Tensor, state: State, knobs: Mapping[str, Any], back: Any) -> None:
         if knobs["base"] == "adamw":
-            weight.add_(back(adam_direction(gradient, state, knobs)), alpha=-step_size(state, knobs))
-            decay(weight, knobs)
+            super().update_plain(weight, gradient, state, knobs)
         else:
-            update = back(adafactor_direction(gradient, state, knobs))
             decay(weight, knobs)
-            weight.sub_(update)
+            weight.sub_(adafactor_direction(gradient, state, knobs))

@@ -42,15 +42,37 @@ def adam_direction(gradient: Float[Tensor, "..."], state: State, knobs: Mapping[
         knobs: ``betas``, ``eps`` and ``state_bits``.
         corrected_eps: compare ``eps`` with the corrected root of V, as ``torch.optim.Adam`` does; without it, with the uncorrected one.
     """
+    direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+    _step(direction, gradient, state, knobs, corrected_eps, -1.0)
+    return direction
+
+
+def adam_step(weight: Float[Tensor, "..."], gradient: Float[Tensor, "..."], state: State, knobs: Mapping[str, Any], corrected_eps: bool = False) -> None:
+    """Take :func:`step_size` times :func:`adam_direction` from a weight, in place and without a copy of either."""
+    if weight.is_contiguous():
+        _step(weight, gradient, state, knobs, corrected_eps, step_size(state, knobs))
+    else:
+        weight.sub_(adam_direction(gradient, state, knobs, corrected_eps), alpha=step_size(state, knobs))
+
+
+def _step(target: Tensor, gradient: Tensor, state: State, knobs: Mapping[str, Any], corrected_eps: bool, size: float) -> None:
+    """Update both moments, and take ``size * M / (sqrt(V) + eps)`` from the target.
+
+    One pass of torch's fused kernel, which reads all tensors as they lie in memory; its own bias corrections are undone by the arguments.
+    """
     (beta1, beta2), bits = knobs["betas"], knobs["state_bits"]
-    mean, square = read(state, "exp_avg", gradient), read(state, "exp_avg_sq", gradient, signed=False)
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    eps = knobs["eps"] * (math.sqrt(1 - beta2 ** int(state["step"])) if corrected_eps else 1.0)
-    direction = mean / square.sqrt().add_(eps)
+    gradient = gradient.contiguous()
+    mean, square = read(state, "exp_avg", gradient).contiguous(), read(state, "exp_avg_sq", gradient, signed=False).contiguous()
+    count = int(state["step"])
+    first, root = 1 - beta1**count, math.sqrt(1 - beta2**count)
+    counter = torch.tensor(float(count), device=target.device)
+    eps = knobs["eps"] if corrected_eps else knobs["eps"] / root
+    torch._fused_adam_(  # type: ignore[attr-defined]
+        [target], [gradient], [mean], [square], [], [counter],
+        lr=size * first / root, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
     write(state, "exp_avg", mean, bits)
     write(state, "exp_avg_sq", square, bits, signed=False)
-    return direction
 
 
 def step_size(state: State, knobs: Mapping[str, Any]) -> float:
