@@ -27,5 +27,5 @@ bench: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[embedded,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[embedded,retrieval,servers,qdrant,ray,test]"
 	touch $@
