@@ -220,6 +220,10 @@ def test_other_bases_are_noticed_on_loading(tmp_path):
         file.write_text(json.dumps(written | change))
         with pytest.raises(ValueError, match="the random bases of model.layers.0.self_attn.q_proj are not those"):
             load_adapter(small_models.model("llama"), tmp_path)
+    renamed = {"x" + name: noted for name, noted in written["basis_signature"].items()}
+    file.write_text(json.dumps(written | {"basis_signature": renamed}))
+    with pytest.raises(ValueError, match=r"not those that the adapter was trained with: .*the layer's name"):
+        load_adapter(small_models.model("llama"), tmp_path)
     file.write_text(json.dumps(written | {"basis_cache": "all", "chunk_basis": 3}))
     torch.testing.assert_close(logits(load_adapter(small_models.model("llama"), tmp_path)), logits(model), rtol=1e-4, atol=1e-4)
 

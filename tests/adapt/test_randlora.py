@@ -1,5 +1,6 @@
 """What RandLoRA promises beyond the adapter contract: the paper's sum at full rank, PEFT's function where asked for, and random matrices that exist once."""
 
+import dataclasses
 import json
 import math
 
@@ -72,6 +73,16 @@ def test_it_starts_at_the_base_and_has_full_rank_once_gamma_has_moved():
     assert rank() == 12
     random, *_ = toy(12, 20, shaken=False, r=5, init_weights=False)
     assert not torch.equal(random(x), Toy(12, 20)(x))
+
+
+def test_the_names_that_peft_has_count():
+    model, layer, *_ = toy(randlora_alpha=9.0, randlora_dropout=0.25, projection_prng_key=4)
+    config = model.peft_config["default"]
+    assert (config.lora_alpha, config.lora_dropout, config.seed, layer.scales["default"]) == (9.0, 0.25, 4, 4.5)
+    assert config.randlora_alpha is None and dataclasses.replace(config, lora_alpha=3.0).lora_alpha == 3.0
+    assert torch.equal(config.projections.on("cpu")[0], toy(seed=4)[0].peft_config["default"].projections.on("cpu")[0])
+    with pytest.raises(ValueError, match="lora_dropout is 1.5"):
+        RandLoraConfig(target_modules=["q"], randlora_dropout=1.5)
 
 
 def test_scales():

@@ -202,6 +202,8 @@ def test_it_resumes_only_with_the_same_knobs(name):
     other = method(name, weight_decay=0.5).optimizer(model)
     with pytest.raises(UserError, match=r"saved with weight_decay 0\.01, this one has 0\.5"):
         other.load_state_dict(saved(optimizer))
+    with pytest.raises(UserError, match=r"saved with betas .*, this one has \(0\.7, 0\.8\)"):
+        method(name, betas=(0.7, 0.8)).optimizer(model).load_state_dict(saved(optimizer))
     method(name, lr=0.5).optimizer(model).load_state_dict(saved(optimizer))  # schedulers change the learning rate
 
 

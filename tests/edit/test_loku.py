@@ -59,6 +59,14 @@ def test_fisher_is_the_squared_gradient_of_each_batchs_mean_weighted_by_its_labe
         assert not torch.allclose(alone[name], found[name], rtol=0.1)  # gradients of rows cancel within a batch
 
 
+def test_fisher_is_a_mean_over_the_labels_of_all_processes(monkeypatch):
+    model, names = small_models.model("llama"), ["model.layers.1.mlp.down_proj"]
+    alone = fisher(model, names, rows(3, 2))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))  # another process with the same rows
+    torch.testing.assert_close(fisher(model, names, rows(3, 2)), alone)
+
+
 def test_importance_is_the_root_of_a_rows_sum_of_ratios():
     forget, retain = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.5], [3.0, 0.0]])
     assert row_importance(forget, retain, 1e-9).tolist() == pytest.approx([5**0.5, 0])

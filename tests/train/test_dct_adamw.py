@@ -103,7 +103,7 @@ def test_with_all_directions_it_is_torchs_adamw_in_coordinates_of_cosines(shape)
     torch.testing.assert_close(torch.from_numpy(spectrum(p.detach().numpy())), turned.detach(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("proj", ["random_qr", "hadamard"])
+@pytest.mark.parametrize("proj", ["random_qr", "hadamard", "dct3"])
 def test_other_bases_move_weights_within_the_chosen_directions(proj):
     gradient = normal(12, 8)
     p, optimizer = run(DCTAdamW(rank=3, proj=proj, lr=0.1, seed=4), torch.zeros(12, 8, dtype=torch.float64), [gradient])

@@ -145,6 +145,33 @@ def test_zero_gradients_keep_the_old_basis_and_begin_with_unit_vectors():
     assert torch.equal(optimizer.state[weight]["left"], chosen) and not torch.equal(chosen, torch.eye(4, 2))
 
 
+@pytest.mark.parametrize("projection", ["exact", "randomized", "random", "dct"])
+def test_on_the_longer_side_too_there_are_at_most_as_many_directions_as_the_shorter_one_has(projection):
+    weight = torch.nn.Parameter(torch.zeros(4, 8))
+    method = GaLore(rank=6, proj_type="reverse_std", projection=projection)
+    for gradient in (torch.zeros(4, 8), gradients((4, 8), 1, dtype=torch.float32)[0]):
+        optimizer = method.optimizer([{"params": [weight], "rank": 6}])
+        weight.grad = gradient
+        optimizer.step()
+        assert optimizer.state[weight]["right"].shape[-1] == 4 and optimizer.state[weight]["exp_avg"].shape == (4, 4)
+
+
+def test_a_step_that_a_scaler_skips_chooses_no_directions():
+    weight = torch.nn.Parameter(torch.ones(4, 8))
+    optimizer = GaLore(rank=2, update_proj_gap=1).optimizer([{"params": [weight], "rank": 2}])
+    scaler, chosen = torch.amp.GradScaler("cpu", init_scale=4.0), None
+    for gradient in (gradients((4, 8), 1, dtype=torch.float32)[0], torch.full((4, 8), math.inf)):
+        optimizer.zero_grad()
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if chosen is None:
+            chosen, moved = optimizer.state[weight]["left"].clone(), weight.detach().clone()
+    assert int(optimizer.state[weight]["step"]) == 1 and scaler.get_scale() == 2
+    assert torch.equal(optimizer.state[weight]["left"], chosen) and torch.equal(weight, moved)
+    assert not torch.equal(moved, torch.ones(4, 8))
+
+
 @pytest.mark.parametrize("bits", [32, 16, 8])
 def test_its_state_has_the_size_of_the_formula(bits):
     m, n, rank = 64, 256, 16

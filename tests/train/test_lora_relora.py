@@ -245,6 +245,18 @@ def test_pruning_at_a_restart_goes_by_the_knob_and_touches_the_factors_only():
     assert (optimizer.state[model.model.norm.weight]["exp_avg_sq"] != 0).all()
 
 
+@pytest.mark.parametrize("share", [None, 0.9])
+def test_a_restart_reaches_the_float32_copies_that_an_optimizer_keeps(share):
+    method = ReLoRA(r=4, lora_dropout=0.0, reset_every=2, optimizer_magnitude_pruning=share)
+    model = small_models.model("llama", torch.bfloat16)
+    method.convert(model)
+    optimizer = AdamW(lr=method.lr, rounding="master").optimizer(model)
+    train(model, method, 2, optimizer)
+    for _, layer in converted(model, LoRALinear):
+        assert not layer.lora_B.weight.any() and not optimizer.state[layer.lora_B.weight]["master"].any()
+        assert torch.equal(optimizer.state[layer.lora_A.weight]["master"], layer.lora_A.weight.float())
+
+
 def test_the_learning_rate_ramps_behind_every_restart_and_only_there():
     base, method = LearningRate(40, 4), ReLoRA(reset_every=10, recovery_steps=3)
     for step in range(41):

@@ -20,7 +20,7 @@ import small_resnet
 from echelon.models.factored_conv import FactoredConv
 from echelon.models.modules import LowRankLinear
 from echelon.train.layers import Maestro, export, merge, ordered_dropout, reestimate_batch_norm, set_rank_budget
-from echelon.train.layers.maestro import distillation, proximal
+from echelon.train.layers.maestro import _reorder, distillation, proximal
 from echelon.train.layers.ordered import ordered
 from echelon.train.optimizers import AdamW
 from small_parts import noise as drawn
@@ -474,6 +474,19 @@ def test_the_exported_model_has_the_parameters_of_its_budget():
     ranks = set_rank_budget(model, params=160)
     Maestro().finish(model)
     assert sum(p.numel() for p in model.parameters()) == cost_of(ranks) <= 160
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_components_that_move_take_the_optimizers_float32_copies_along(bits):
+    factor = nn.Parameter(noise(70, 64).bfloat16())
+    optimizer = AdamW(lr=1e-3, rounding="master", state_bits=bits).optimizer([factor])
+    factor.grad = noise(70, 64, seed=1).bfloat16()
+    optimizer.step()
+    master, mean, order = optimizer.state[factor]["master"].clone(), optimizer.state[factor]["exp_avg"].clone(), torch.arange(64).flip(0)
+    with torch.no_grad():
+        _reorder(factor, 1, order, optimizer)
+    assert torch.equal(factor, master.bfloat16()[:, order]) and torch.equal(optimizer.state[factor]["master"], master[:, order])
+    assert torch.equal(optimizer.state[factor]["exp_avg"], mean[:, order]) if bits == 32 else optimizer.state[factor].keys() == {"master"}
 
 
 def test_a_budget_of_multiplications_counts_positions():

@@ -409,6 +409,31 @@ def test_in_bfloat16_the_singular_values_stay_in_float32(family, tmp_path):
     assert torch.equal(again.get_submodule(names[0]).sigma, values)
 
 
+def test_a_draw_reaches_the_float32_copies_that_an_optimizer_keeps():
+    model = small_models.model("llama", torch.bfloat16)
+    method = SST(r=6, steps_per_iteration=2, iterations_per_round=100, lr=0.01)
+    names = method.convert(model)
+    optimizer = AdamW(lr=0.01, rounding="master").optimizer(model)
+    steps(method, model, optimizer, 0, 2, batches("llama", torch.bfloat16))
+    before = [model.get_submodule(name).active.tolist() for name in names]
+    method.begin_step(model, optimizer, 2)
+    assert any(model.get_submodule(name).active.tolist() != active for name, active in zip(names, before, strict=True))
+    for made in (model.get_submodule(name) for name in names):
+        for vectors in (made.left, made.right):
+            assert optimizer.state[vectors].keys() == {"master"} and torch.equal(optimizer.state[vectors]["master"], vectors.float())
+
+
+def test_processes_take_the_decomposition_of_the_first(monkeypatch):
+    made = layer(linear(9, 7), r=3)
+    first = [value + 1 for value in (made.sigma, made.left, made.right, made.left_frozen, made.right_frozen)]
+    given = [value.detach().clone() for value in first]
+    monkeypatch.setattr("echelon.train.layers.base.processes", lambda: 2)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, source: tensor.copy_(given.pop(0)))
+    made.refresh()
+    found = (made.sigma, made.left, made.right, made.left_frozen, made.right_frozen)
+    assert not given and all(torch.equal(mine, theirs) for mine, theirs in zip(found, first, strict=True))
+
+
 def test_float64_models_work_in_float64():
     old = linear(9, 12, dtype=torch.float64)
     made = layer(old, r=3)

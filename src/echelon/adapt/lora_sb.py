@@ -160,13 +160,12 @@ class LoraSbLinear(DeltaLinear):
         for matrix in (core.A, core.B):
             rows, columns = matrix.shape
             found.append(float((Basis(0, 1, rows, columns, rng="counter").combine(torch.ones(1)) * matrix.cpu()).sum()))
-        noted = (config.factor_signature or {}).get(self.key)
-        if config.stored and noted is not None:
-            size = [float(matrix.norm()) for matrix in (core.A, core.B)]
-            if any(abs(a - b) > _SIGNATURE_TOLERANCE * norm for a, b, norm in zip(found, noted, size, strict=True)):
-                raise ValueError(f"the factors of {self.key} are not those that the adapter was trained with; are base model and data the same?")
-        else:
+        if not config.stored:
             config.factor_signature = {**(config.factor_signature or {}), self.key: found}
+            return
+        noted, size = config.factor_signature.get(self.key), [float(matrix.norm()) for matrix in (core.A, core.B)]
+        if noted is None or any(abs(a - b) > _SIGNATURE_TOLERANCE * norm for a, b, norm in zip(found, noted, size, strict=True)):
+            raise ValueError(f"the factors of {self.key} are not those that the adapter was trained with; are base model and data the same?")
 
 
 class LoraSbModel(DeltaModel):

@@ -217,13 +217,14 @@ class NolaLinear(DeltaLinear):
     def _compare(self, bases: Bases, config: Any) -> None:
         """Note the first numbers of the bases, or compare them with what was noted."""
         found = [math.fsum(basis.uncached(chunk=1).first()) for basis in (bases.A, bases.B)]
-        noted = (config.basis_signature or {}).get(self.key)
-        if not config.stored or noted is None:
+        if not config.stored:
             config.basis_signature = {**(config.basis_signature or {}), self.key: found}
-        elif any(abs(a - b) > _TOLERANCE for a, b in zip(found, noted, strict=True)):
+            return
+        noted = config.basis_signature.get(self.key, ())
+        if len(noted) != 2 or any(abs(a - b) > _TOLERANCE for a, b in zip(found, noted, strict=True)):
             raise ValueError(
-                f"the random bases of {self.key} are not those that the adapter was trained with: seed, basis_rng, share_basis or the layer's shape differ, or "
-                "this version of torch draws other numbers; where the adapter was trained, save_lora writes a LoRA that needs no bases"
+                f"the random bases of {self.key} are not those that the adapter was trained with: seed, basis_rng, share_basis, the layer's name or its shape "
+                "differ, or this version of torch draws other numbers; where the adapter was trained, save_lora writes a LoRA that needs no bases"
             )
 
 

@@ -50,11 +50,12 @@ class RandLoraConfig(DeltaConfig):
     exported LoRA has the rank n r. The scale is large: where training diverges, or float16 overflows, lower `lora_alpha`, or a learning rate that is above
     1e-4 * 32 / r.
 
-    PEFT calls `lora_alpha`, `lora_dropout` and `seed` `randlora_alpha`, `randlora_dropout` and `projection_prng_key`.
-
     Attributes:
         r: rank of the random matrices.
         lora_alpha: numerator of the scale; 20 r by default, or 2 r with the authors' scaling.
+        randlora_alpha: PEFT's name for lora_alpha, as which it counts where it is given.
+        randlora_dropout: PEFT's name for lora_dropout.
+        projection_prng_key: PEFT's name for seed.
         save_projection: whether the random matrices are saved, once; they can always be made again from the seed, and are compared then.
         sparse: random matrices of -1, 0 and 1, with a sixth of the entries for either sign; no faster.
         very_sparse: the same with a share of 1 / (2 sqrt(m)) for either sign, m being the widest smaller side.
@@ -66,6 +67,9 @@ class RandLoraConfig(DeltaConfig):
 
     r: int = 32
     lora_alpha: float | None = None  # type: ignore[assignment]
+    randlora_alpha: float | None = None
+    randlora_dropout: float | None = None
+    projection_prng_key: int | None = None
     save_projection: bool = False
     sparse: bool = False
     very_sparse: bool = False
@@ -77,6 +81,10 @@ class RandLoraConfig(DeltaConfig):
     peft_name: ClassVar[str] = "echelon_randlora"
 
     def __post_init__(self) -> None:
+        for theirs, ours in (("randlora_alpha", "lora_alpha"), ("randlora_dropout", "lora_dropout"), ("projection_prng_key", "seed")):
+            if getattr(self, theirs) is not None:
+                setattr(self, ours, getattr(self, theirs))
+                setattr(self, theirs, None)
         super().__post_init__()
         if self.sparse and self.very_sparse:
             raise ValueError("very_sparse is True; it must be False where sparse is True")

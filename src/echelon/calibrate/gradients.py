@@ -292,6 +292,13 @@ def _all_reduce(found: Gradients, device: torch.device) -> None:
             shared = total.to(device)
             torch.distributed.all_reduce(shared)
             total.copy_(shared)
-    count = torch.tensor(found.batches, device=device)
-    torch.distributed.all_reduce(count)
-    found.batches = int(count)
+    found.batches = over_processes(found.batches, device)
+
+
+def over_processes(count: int, device: torch.device) -> int:
+    """The sum of a count over all processes that work together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    total = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)

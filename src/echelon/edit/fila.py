@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echelon.calibrate.gradients import collect_gradients
+from echelon.calibrate.gradients import collect_gradients, over_processes
 from echelon.data.files import folder_whole
 from echelon.edit.losses import sequence_log_probs, token_counts
 from echelon.edit.rows import Row, collated
@@ -58,8 +58,8 @@ def fisher(model: nn.Module, names: Sequence[str], rows: Sequence[Row], *, batch
         return -(sums / counts.clamp_min(1).sqrt()).sum()
 
     found = collect_gradients(model, names, batches, sums=False, squares=True, per_sample=per_sample, loss=loss)
-    tokens = max(1, sum(int(token_counts(batch["labels"]).sum()) for batch in batches))
-    return {name: found.squares[name] / tokens for name in names}
+    tokens = over_processes(sum(int(token_counts(batch["labels"]).sum()) for batch in batches), next(model.parameters()).device)
+    return {name: found.squares[name] / max(1, tokens) for name in names}
 
 
 def row_importance(forget: Float[Tensor, "out in"], retain: Float[Tensor, "out in"], eps: float = 1e-5) -> Float[Tensor, " out"]:

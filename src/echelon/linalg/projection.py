@@ -34,7 +34,7 @@ class Projector:
     """An orthonormal basis of ``rank`` directions of a gradient's rows or columns.
 
     Attributes:
-        rank: directions kept; at most the projected side.
+        rank: directions kept; at most the smaller side.
         proj_type: side, see :func:`side_of`.
         method: ``exact`` SVD in float32, a ``randomized`` one (range finder with 8 extra directions, arXiv 0909.4061), ``random``
             orthonormal directions that do not look at the gradient, or ``dct``: those of the cosine basis in which the gradient is largest (arXiv 2505.17967).
@@ -74,7 +74,7 @@ class Projector:
         if not matrix.any():
             for name in wanted:
                 size = gradient.shape[name == "right"]
-                state.setdefault(name, torch.eye(size, min(self.rank, size), dtype=gradient.dtype, device=gradient.device))
+                state.setdefault(name, torch.eye(size, min(self.rank, *gradient.shape), dtype=gradient.dtype, device=gradient.device))
             return
         found = self._bases(matrix, wanted, seed)
         for name, basis in found.items():
@@ -99,7 +99,7 @@ class Projector:
             made = {}
             for name in wanted:
                 size = matrix.shape[name == "right"]
-                drawn = torch.randn(size, min(self.rank, size), generator=generator, dtype=torch.float64)
+                drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
                 made[name] = torch.linalg.qr(drawn).Q.to(matrix)
             return made
         if self.method == "exact" or rank + OVERSAMPLE >= small:
@@ -123,11 +123,13 @@ class Projector:
 
     def add_up(self, weight: Float[Tensor, "m n"], low: Tensor, state: MutableMapping[str, Tensor], factor: float) -> None:
         """Add ``factor`` times :meth:`up` to a weight, in one product and without a copy of its size."""
-        first, second = low, None
+        first: Tensor = low
+        second: Tensor | None = None
         if "left" in state:
             first, second = _directions(state, "left", low.dtype), low
         if "right" in state:
             first, second = first if second is None else first @ second, _directions(state, "right", low.dtype).T
+        assert second is not None
         weight.addmm_(first, second, alpha=factor)
 
 

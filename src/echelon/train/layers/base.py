@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ from echelon.models.modules import Spec, build, put
 from echelon.models.reload import attach, detach
 from echelon.models.targets import linear_targets
 from echelon.train.optimizers.adamw import AdamW
+from echelon.train.optimizers.base import processes
 
 
 @dataclass(frozen=True)
@@ -191,15 +193,25 @@ def reset_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
     """Let an optimizer forget its moments of these parameters (of all by default): their next step is the first of a new one.
 
     Args:
-        optimizer: any; wrapped by accelerate or not.
+        optimizer: any; wrapped by accelerate or not. Float32 copies that it keeps of weights stay.
         parameters: which.
         step_counter: whether steps are counted anew too, and with them the bias corrections; without, moments become zero in place.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    for parameter in list(optimizer.state) if parameters is None else parameters:
+    states = getattr(optimizer, "optimizer", optimizer).state
+    for parameter in list(states) if parameters is None else parameters:
         if step_counter:
-            optimizer.state.pop(parameter, None)
+            if "master" in (state := states.pop(parameter, {})):
+                states[parameter] = {"master": state["master"]}
         else:
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in states.get(parameter, {}).items():
                 if key.startswith("exp_avg"):
                     value.zero_()
+
+
+@torch.no_grad()
+def agree(*tensors: Tensor) -> None:
+    """Let all processes that train together take the first one's values, in place: what an SVD leaves open is up to the routine."""
+    for tensor in tensors if processes() > 1 else ():
+        first = tensor.detach().contiguous()  # a tensor may be a part of a larger one
+        dist.broadcast(first, 0)
+        tensor.copy_(first)

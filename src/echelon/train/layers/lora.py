@@ -19,7 +19,7 @@ from echelon.linalg.blockwise import quantize
 from echelon.linalg.checks import number, whole
 from echelon.models.modules import Spec, dense_module, dense_weight, empty_linear, kind, like
 from echelon.registry import method
-from echelon.train.layers.base import LayerMethod, LearningRate, converted, reset_moments
+from echelon.train.layers.base import LayerMethod, LearningRate, converted, reset_moments, rewrite
 from echelon.train.layers.restarts import recovery
 from echelon.train.optimizers.moments import read
 
@@ -198,6 +198,8 @@ class ReLoRA(LoRA):
         for place, (_, layer) in enumerate(converted(model, LoRALinear)):
             layer.restart(torch.Generator().manual_seed(hash((self.seed, step, place))))
             factors = [layer.lora_A.weight, layer.lora_B.weight]
+            for factor in factors:
+                rewrite(optimizer, factor, factor)
             if self.optimizer_magnitude_pruning is None:
                 reset_moments(optimizer, factors)
             else:

@@ -284,11 +284,10 @@ def _again(loss: Tensor, layers: Mapping[str, Any], ranks: Mapping[str, int | No
 
 def _reorder(factor: nn.Parameter, axis: int, order: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
     factor.copy_(factor.index_select(axis, order))
-    state = getattr(optimizer, "optimizer", optimizer).state.get(factor, {}) if optimizer is not None else {}
-    if any(key.endswith("_scale") for key in state):
+    states = getattr(optimizer, "optimizer", optimizer).state if optimizer is not None else {}
+    if any(key.endswith("_scale") for key in states.get(factor, {})):
         reset_moments(optimizer, [factor])  # type: ignore[arg-type]  # eight-bit blocks do not follow components
-        return
-    for value in state.values():
+    for value in states.get(factor, {}).values():
         if isinstance(value, Tensor) and value.shape == factor.shape:
             value.copy_(value.index_select(axis, order))
 

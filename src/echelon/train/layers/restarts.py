@@ -2,7 +2,8 @@
 
 Source: "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic Advances and Benchmarking", arXiv 2505.22922. The product of two
 factors is split evenly (U sqrt(S), sqrt(S) V^T), which makes the factored problem best conditioned (its Lemma 4.1), and moments polluted by spikes or
-expressed in old factors are dropped. Differs from its code: every factored layer can be refactored, not only SLTrain's.
+expressed in old factors are dropped. Differs from its code: every factored layer can be refactored, not only SLTrain's; there is no ramp at the very start. In
+bfloat16 new factors are rounded, which changes their product by up to a few thousandths; an optimizer with ``rounding="master"`` splits its float32 copies.
 """
 
 from abc import abstractmethod
@@ -10,13 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.linalg.checks import number, whole
-from echelon.train.layers.base import LayerMethod, LearningRate, reset_moments
-from echelon.train.optimizers.base import processes
+from echelon.train.layers.base import LayerMethod, LearningRate, agree, reset_moments, rewrite, stored
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,11 @@ class Restarts(LayerMethod):
 
     def end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         if self.refactor_every and step % self.refactor_every == 0:
-            state = getattr(optimizer, "optimizer", optimizer).state
             for pair in self.factors(model):
-                kept = [state.get(factor, {}).get("master", factor) for factor in pair]  # float32 copies, which the next step starts from
+                kept = [stored(optimizer, factor) for factor in pair]
                 refactor(*kept)
                 for factor, exact in zip(pair, kept, strict=True):
-                    factor.data.copy_(exact)
+                    rewrite(optimizer, factor, exact)
         if self.reset_every and step % self.reset_every == 0:
             reset_moments(optimizer, step_counter=self.reset_step_counter)
 
@@ -94,8 +92,4 @@ def refactor(up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]) -> None:
     wide = up.shape[1] - len(values)  # more directions than the matrix has: the rest is zero
     up.copy_(nn.functional.pad(left.Q @ inner * root, (0, wide)))
     down.copy_(nn.functional.pad(root[:, None] * (turned @ right.Q.T), (0, 0, 0, wide)))
-    if processes() > 1:
-        for factor in (up, down):
-            first = factor.detach().contiguous()  # a factor may be a part of a larger one
-            dist.broadcast(first, 0)
-            factor.copy_(first)
+    agree(up, down)

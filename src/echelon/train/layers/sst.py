@@ -23,7 +23,7 @@ from echelon.models.modules import LowRankLinear, Spec, build, dense_module, den
 from echelon.models.reload import renote
 from echelon.models.targets import linear_targets
 from echelon.registry import method
-from echelon.train.layers.base import LayerMethod, LearningRate, autocast_input, converted, merge, reset_moments
+from echelon.train.layers.base import LayerMethod, LearningRate, agree, autocast_input, converted, merge, reset_moments, rewrite
 
 SAMPLING = ("mixed", "sigma", "uniform", "sequential", "topk")
 
@@ -204,8 +204,17 @@ class SpectralLinear(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Decompose the matrix that is held anew, which makes the vectors orthonormal again. The function stays."""
+        """Decompose the matrix that is held anew, which makes the vectors orthonormal again. The function stays; all processes get the first one's vectors."""
         self.decompose(self._product())
+        agree(self.sigma, self.left, self.right, self.left_frozen, self.right_frozen)
+
+    @torch.no_grad()
+    def begin_anew(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer forget moments, and float32 copies, of columns that are others now."""
+        trained = [self.left, self.right, self.sigma]
+        for parameter in trained:
+            rewrite(optimizer, parameter, parameter)
+        reset_moments(optimizer, trained)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank} of {len(self.order)}"
@@ -343,7 +352,7 @@ class SST(LayerMethod):
             return
         for place, (_, layer) in enumerate(converted(model, SpectralLinear)):
             layer.activate(draw(layer.sigma, layer.rank, self.sampling, iteration, hash((self.seed, place, iteration))))
-            reset_moments(optimizer, [layer.left, layer.right, layer.sigma])
+            layer.begin_anew(optimizer)
 
     def end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Bring singular values and vectors back to where they belong, and at the end of a round decompose anew."""
@@ -354,7 +363,7 @@ class SST(LayerMethod):
         if layers and step % self.round_steps(model) == 0:
             for layer in layers:
                 layer.refresh()
-                reset_moments(optimizer, [layer.left, layer.right, layer.sigma])
+                layer.begin_anew(optimizer)
 
     def finish(self, model: nn.Module) -> None:
         """Dense layers, or low-rank ones of ``final_rank`` where these are smaller."""

@@ -1,9 +1,9 @@
 """TRP: train a dense network while its weights are snapped to low rank again and again; factoring it at the end then costs next to nothing.
 
 Source: "Trained Rank Pruning for Efficient Deep Neural Networks", arXiv 2004.14566.
-Differs from its code: periods count optimizer steps over the whole training; linear layers take part, a fused query-key-value matrix as one; any stride,
-kernel, padding and bias; a failed SVD is told. The energy kept in training and the period in the paper's text could not be confirmed; `energy` is that of
-the code.
+Differs from its code: periods count optimizer steps over the whole training; linear layers take part, a fused query-key-value matrix as one, and so do
+convolutions of width 1; any stride, kernel, padding and bias; a failed SVD is told. The energy kept in training and the period in the paper's text could not be
+confirmed; `energy` is that of the code.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from echelon.models.modules import Spec, build, dense_weight, put
 from echelon.models.reload import attach
 from echelon.models.targets import blocks, linear_targets, matches
 from echelon.registry import method
-from echelon.train.layers.base import LayerMethod, rewrite, stored
+from echelon.train.layers.base import LayerMethod, agree, rewrite, stored
 
 RULES = ("value_threshold", "energy", "fraction")
 Parts = tuple[Float[Tensor, "*batch rows n"], Float[Tensor, "*batch n"], Float[Tensor, "*batch n columns"]]
@@ -279,10 +279,7 @@ def fill(new: Any, found: Parts, bias: Tensor | None) -> None:
 def parts(weight: Float[Tensor, "..."], scheme: str) -> Parts:
     """Economy SVD of a weight's matrices, in float32 at least; all processes get that of the first."""
     found = torch.linalg.svd(matrices(weight, scheme).to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found = tuple(part.contiguous() for part in found)
-        for part in found:
-            torch.distributed.broadcast(part, 0)
+    agree(*found)
     return found
 
 

@@ -322,7 +322,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: Group) -> None:
         state = self.state[parameter]
-        if not state:
+        if "step" not in state:  # behind a reset a float32 copy may be there alone
             index = self._index(parameter)
             state |= {"step": torch.zeros((), dtype=torch.int64), "index": torch.tensor(index), "offset": torch.tensor(self._offset(index, group))}
         state["step"] += 1
@@ -378,8 +378,9 @@ class Stepper(torch.optim.Optimizer):
         """
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for key in sorted((mine.keys() | saved.keys()) - {"params", "param_names", "lr", "initial_lr"}):
-                if mine.get(key) != saved.get(key) and not isinstance(mine.get(key), tuple):
-                    raise UserError(f"the optimizer's state was saved with {key} {saved.get(key)!r}, this one has {mine.get(key)!r}; give the same knobs")
+                was, now = (tuple(value) if isinstance(value, list) else value for value in (saved.get(key), mine.get(key)))  # files may turn tuples into lists
+                if was != now:
+                    raise UserError(f"the optimizer's state was saved with {key} {was!r}, this one has {now!r}; give the same knobs")
         super().load_state_dict(dict(state_dict))
         order = [p for group in self.param_groups for p in group["params"]]
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]

@@ -21,7 +21,8 @@ class FixedBasisMethod(OptimizerMethod):
 
     Attributes:
         rank: directions kept of a matrix; at most its smaller side.
-        proj: the basis: `dct` (cosines), `random_qr`, or `hadamard` (sides that are powers of two); matrices of one width share it.
+        proj: the basis: `dct` (cosines), `random_qr`, or `hadamard` (sides that are powers of two); matrices of one width share it. `dct3`, the transpose of
+            `dct`, is what the authors' matrix product takes, for comparison with it.
         transform: how coefficients are found: `matmul`, `makhoul` (an FFT, `dct` only), or `auto`, the FFT from width 2048 on a GPU. Both give the same.
         ell_norm: norm by which directions are ranked, 1 or 2. With 2, what is left out is the least possible.
         optim_target_modules: which matrices are projected: `all-linear` (those inside the blocks), `attention`, `mlp`, a regular expression, or a list of
@@ -29,7 +30,7 @@ class FixedBasisMethod(OptimizerMethod):
     """
 
     rank: int = 128
-    proj: Literal["dct", "random_qr", "hadamard"] = "dct"
+    proj: Literal["dct", "random_qr", "hadamard", "dct3"] = "dct"
     transform: Literal["auto", "matmul", "makhoul"] = "auto"
     ell_norm: Literal[1, 2] = 1
     optim_target_modules: str | list[str] = "all-linear"
@@ -39,7 +40,7 @@ class FixedBasisMethod(OptimizerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("rank", self.rank, 1)
-        one_of("proj", self.proj, ("dct", "random_qr", "hadamard"))
+        one_of("proj", self.proj, ("dct", "random_qr", "hadamard", "dct3"))
         one_of("transform", self.transform, cosine.TRANSFORMS)
         if self.transform == "makhoul" and self.proj != "dct":
             raise ValueError(f"transform is 'makhoul'; it must be 'auto' or 'matmul' with proj {self.proj!r}")
