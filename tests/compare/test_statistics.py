@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from echelon.compare.statistics import holm, resampled, sign_flip
+from echelon.evaluate.significance import holm, resampled, sign_flip
 from rigged import rigged
 
 

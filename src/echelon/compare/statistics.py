@@ -12,8 +12,8 @@ from echelon.compare.results import per_unit, samples
 from echelon.compare.summary import Difference, Estimate, Metric, Row, Summary
 from echelon.compare.task import load_task
 from echelon.data.files import read_text
+from echelon.evaluate.significance import DRAWS, holm, resampled, sign_flip
 
-DRAWS = 10_000
 Values = Callable[[dict[str, Any], str], np.ndarray | None]
 
 
@@ -126,23 +126,6 @@ def _measure(
             summary.row(label).first_share[name] = float((winners == place).mean())
 
 
-def resampled(arrays: Sequence[np.ndarray], generator: np.random.Generator, draws: int) -> list[np.ndarray]:
-    """Bootstrap means of each (seeds, units) array: the same units in all, and, where there are several seeds, one drawn for each unit.
-
-    Draws are moved away from the mean by sqrt(n / (n - 1)), by which a bootstrap of n units is too narrow.
-    """
-    units = arrays[0].shape[1]
-    wider = (units / max(1, units - 1)) ** 0.5
-    made: list[list[np.ndarray]] = [[] for _ in arrays]
-    for start in range(0, draws, 1000):
-        count = min(1000, draws - start)
-        chosen = generator.integers(0, units, (count, units))
-        seeds = generator.random((count, units))
-        for means, array in zip(made, arrays, strict=True):
-            means.append(array[(seeds * len(array)).astype(int), chosen].mean(1))
-    return [array.mean() + wider * (np.concatenate(means) - array.mean()) for means, array in zip(made, arrays, strict=True)]
-
-
 def _difference(
     held: dict[str, np.ndarray], draw: dict[str, np.ndarray], label: str, other: str, generator: np.random.Generator
 ) -> Difference:
@@ -150,19 +133,6 @@ def _difference(
     low, high = np.quantile(gaps, [0.025, 0.975])
     paired = held[label].mean(0) - held[other].mean(0)
     return Difference(float(paired.mean()), float(low), float(high), sign_flip(paired, generator, len(gaps)))
-
-
-def sign_flip(paired: np.ndarray, generator: np.random.Generator, draws: int = DRAWS) -> float:
-    """Two-sided p-value of a mean of 0 when every difference could as well have had the other sign; exact for up to 12 units."""
-    observed = abs(paired.sum()) * (1 - 1e-12)
-    if len(paired) <= 12:
-        every = 1 - 2 * ((np.arange(2 ** len(paired))[:, None] >> np.arange(len(paired))) & 1)
-        return float((np.abs(every @ paired) >= observed).mean())
-    count = 0
-    for start in range(0, draws, 2000):
-        signs = generator.integers(0, 2, (min(2000, draws - start), len(paired)), dtype=np.int8) * 2.0 - 1
-        count += int((np.abs(signs @ paired) >= observed).sum())
-    return (count + 1) / (draws + 1)
 
 
 def _holm(summary: Summary) -> None:
@@ -173,13 +143,3 @@ def _holm(summary: Summary) -> None:
         for (table, name), p in zip(places, corrected, strict=True):
             old = table[name]
             table[name] = Difference(old.value, old.low, old.high, old.p, p)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction."""
-    made = [1.0] * len(p_values)
-    highest = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        made[place] = highest
-    return made
