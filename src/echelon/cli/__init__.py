@@ -20,7 +20,10 @@ VERBS = {
     "adapt": "train an adapter, any low-rank one, on a model",
     "compress": "make a model smaller",
     "edit": "take texts out of a language model",
-    "evaluate": "run a benchmark, or score texts that you have",
+    "index": "make documents searchable, add to them, take away from them",
+    "search": "find documents in an index",
+    "rerank": "order what was found anew, by any method and model",
+    "evaluate": "measure runs against judgements, or run a benchmark",
 }
 
 

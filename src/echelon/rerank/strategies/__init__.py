@@ -1,0 +1,1 @@
+"""Which questions to ask: one generator for each way to sort, whoever answers."""

@@ -1,0 +1,120 @@
+"""Cross-encoders against sentence-transformers and transformers themselves."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers
+from sentence_transformers import CrossEncoder as Theirs
+
+import tiny
+from echelon.errors import UserError
+from echelon.rerank import Cache, CrossEncoder, Request
+from echelon.score import CrossEncoderScorer, UnigramOverlap
+
+QUERY = "w1 w2 w3"
+DOCS = ["w1 w2", "w9 w9 w4 w5 w6 w7", "w3", "w1 w2 w3 w4", "w30 w31 w32", "w8 " * 40]
+
+
+@functools.cache
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = transformers.BertConfig(vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                                         max_position_embeddings=64, num_labels=1, pad_token_id=0)  # fmt: skip
+        made = transformers.BertForSequenceClassification(config).eval()
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.data.mul_(3.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cross_encoder")
+    network().save_pretrained(place)
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.padding_side = "right"  # BERT counts places from the left, padding included
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def ranked_alike(found, expected):
+    assert [hit["corpus_id"] for hit in found] == [hit["corpus_id"] for hit in expected]
+    assert [hit["score"] for hit in found] == pytest.approx([float(hit["score"]) for hit in expected], abs=1e-5)
+
+
+def test_names_folders_and_objects_rank_as_theirs_with_their_keys(folder):
+    theirs = Theirs(str(folder))
+    expected = theirs.rank(QUERY, DOCS, return_documents=True)
+    for model in (str(folder), theirs, CrossEncoderScorer(theirs)):
+        found = CrossEncoder(model).rank(QUERY, DOCS, return_documents=True)
+        ranked_alike(found, expected)
+        assert [sorted(hit) for hit in found] == [sorted(hit) for hit in expected] and [hit["text"] for hit in found] == [hit["text"] for hit in expected]
+    ranked_alike(CrossEncoder(theirs).rank(QUERY, DOCS, top_k=2), theirs.rank(QUERY, DOCS, top_k=2))
+
+
+def test_a_classifier_with_its_tokenizer_needs_nothing_else():
+    tokenizer = tiny.tokenizer()
+    found = {hit["corpus_id"]: hit["score"] for hit in CrossEncoder((network(), tokenizer)).rank(QUERY, DOCS)}
+    for place, text in enumerate(DOCS):
+        with torch.no_grad():
+            expected = network()(**tokenizer(QUERY, text, truncation=True, max_length=64, return_tensors="pt")).logits
+        assert found[place] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_pairs_of_all_queries_go_out_together_and_change_no_score(folder):
+    calls = []
+
+    class Counting(Theirs):
+        def predict(self, pairs, **more):
+            calls.append(len(pairs))
+            return super().predict(pairs, **more)
+
+    requests = [Request.of(f"w{i} w{i + 1}", DOCS[i:], f"q{i}") for i in range(4)]
+    together = CrossEncoder(Counting(str(folder)), batch_size=3).rerank(requests)
+    assert calls == [6 + 5 + 4 + 3] and together.stats.prompts == 18 and together.stats.rounds == 1
+    for request in requests:
+        alone = CrossEncoder(str(folder)).rerank([request])
+        assert list(alone.runs[request.qid]) == list(together.runs[request.qid])
+        assert list(alone.runs[request.qid].values()) == pytest.approx(list(together.runs[request.qid].values()), abs=1e-5)
+
+
+def test_scores_are_kept_by_the_weights_and_what_is_around_them(folder):
+    cache, request = Cache(), Request.of(QUERY, DOCS)
+    first = CrossEncoder(str(folder)).rerank([request], cache=cache)
+    again = CrossEncoder(Theirs(str(folder))).rerank([request], cache=cache)
+    assert again.runs == first.runs and again.stats.prompts == 0
+    assert CrossEncoder(str(folder), max_length=5).rerank([request], cache=cache).stats.prompts == 6
+    assert CrossEncoder(Theirs(str(folder), activation_fn=torch.nn.Identity())).rerank([request], cache=cache).stats.prompts == 6
+    other = Theirs(str(folder))
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1.0)
+    assert CrossEncoder(other).rerank([request], cache=cache).stats.prompts == 6
+
+
+def test_what_scores_are_is_told_by_the_last_layer(folder):
+    request = Request.of(QUERY, DOCS)
+    assert CrossEncoder(str(folder)).rerank([request]).score_kind == "prob"
+    assert CrossEncoder(Theirs(str(folder), activation_fn=torch.nn.Identity())).rerank([request]).score_kind == "logit"
+    assert CrossEncoder((network(), tiny.tokenizer())).rerank([request]).score_kind == "logit"
+
+
+def test_any_scorer_or_function_will_do():
+    assert [hit["corpus_id"] for hit in CrossEncoder(UnigramOverlap()).rank("sea storm", ["dry land", "the storm at sea", "a storm"])][-1] == 0
+    found = CrossEncoder(lambda query, texts: [len(text) for text in texts]).rank("", ["aa", "b", "cccc", "dd"])
+    assert [(hit["corpus_id"], hit["score"]) for hit in found] == [(2, 4.0), (0, 2.0), (3, 2.0), (1, 1.0)]
+    with pytest.raises(UserError, match="CallableScorer has no name"):
+        CrossEncoder(lambda query, texts: [0.0] * len(texts)).rerank([Request.of("", ["a"])], cache=Cache())
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: CrossEncoder("/no/such/model"), "cannot load cross-encoder '/no/such/model'"), (lambda: CrossEncoder(3), "int is no scorer"),
+    (lambda: CrossEncoder(lambda query, texts: [1.0]), "one number each"),
+    (lambda: CrossEncoder(lambda query, texts: [float("nan")] * 6), "scores must be numbers"),
+    (lambda: CrossEncoder(Theirs, max_length=5), "max_length is 5, and the model is loaded already"),
+])  # fmt: skip
+def test_what_cannot_score_is_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        make().rank(QUERY, DOCS)
