@@ -119,9 +119,10 @@ def test_what_is_wrong_is_named(echelon, place, tmp_path, more, said):
 
 def test_what_is_missing_is_named(echelon, place):
     given = words(place, "out.run")
-    for name in ("run", "corpus", "queries", "out"):
+    for name, said in [("corpus", "give the documents by --corpus or by --index"), *((n, f"--{n} is missing; give ") for n in ("run", "queries", "out"))]:
         at = given.index(f"--{name}")
-        assert f"--{name} is missing; give " in echelon(*given[:at], *given[at + 2 :]).refused()
+        assert said in echelon(*given[:at], *given[at + 2 :]).refused()
+    assert "not by both" in echelon(*given, "--index", "I").refused()
 
 
 @pytest.mark.parametrize(("lines", "said"), [

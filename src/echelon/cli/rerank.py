@@ -20,6 +20,7 @@ class Options:
     Attributes:
         run: the first stage's run, in TREC's columns.
         corpus: its documents: a .jsonl, a .tsv, or a folder with one.
+        index: the index that holds them, in place of the corpus.
         queries: their texts: a .jsonl, a .tsv, or a folder with one.
         model: the model, in place of the method's own: `embedded`, a folder, a hub id, or a server (`http://host:port/v1#model`).
         out: where the new run goes; it appears whole.
@@ -32,6 +33,7 @@ class Options:
 
     run: str | None = None
     corpus: str | None = None
+    index: str | None = None
     queries: str | None = None
     model: str | None = None
     out: str | None = None
@@ -44,7 +46,9 @@ class Options:
 
 def run(arguments: Sequence[str]) -> int:
     options, reranker, _ = parse("rerank", "Order the documents of a run anew.", Options, "reranker", arguments, default_method="prp")
-    wanted = {"run": "the run to rank anew", "corpus": "the documents", "queries": "the queries"}
+    wanted = {"run": "the run to rank anew", "queries": "the queries"}
+    if (options.corpus is None) == (options.index is None):
+        raise UserError("give the documents by --corpus or by --index" + (", not by both" if options.corpus else ""))
     for name, what in wanted.items() if options.dry_run else [*wanted.items(), ("out", "a file for the new run")]:
         if getattr(options, name) is None:
             raise UserError(f"--{name} is missing; give {what}")
@@ -84,7 +88,14 @@ def _requests(options: Options) -> list[Any]:
     found = read_run(str(options.run))
     queries = read_queries(str(options.queries))
     names = {name for scores in found.values() for name in scores}
-    return requests_of(found, queries, {doc.id: doc for doc in read_corpus(str(options.corpus)) if doc.id in names})
+    if options.index is not None:
+        from echelon.retrieve.opening import open_index
+
+        with open_index(options.index) as index:
+            docs = {doc.id: doc for doc in index.documents(sorted(names))}
+    else:
+        docs = {doc.id: doc for doc in read_corpus(str(options.corpus)) if doc.id in names}
+    return requests_of(found, queries, docs)
 
 
 def _check_writable(path: Path) -> None:
