@@ -8,7 +8,9 @@ from pathlib import Path
 from echelon.cli import main
 
 PAGE = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
-TEXTS = {"1": "heat transfer in laminar boundary layers", "2": "the captain shouted over the waves", "3": "transfer of heat to a wall", "4": "bread rose overnight"}
+TEXTS = {
+    "1": "heat transfer in laminar boundary layers", "2": "the captain shouted over the waves", "3": "transfer of heat to a wall", "4": "bread rose overnight",
+}  # fmt: skip
 
 
 def blocks(language):
