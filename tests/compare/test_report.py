@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from echelon.compare import recommend, write_report
+from echelon.compare.plots import lines
 from echelon.compare.table import markdown, terminal
 from echelon.errors import UserError
 from rigged import rigged
@@ -91,3 +92,22 @@ def test_the_tables_mark_best_and_tied():
     text = markdown(clear())
     assert re.search(r"\| good \| 1\.\d{3} ±0\.\d{3} \*", text) and "| dead | failed: ran <out> of memory |" in text
     assert terminal(clear()).row_count == 4
+
+
+def test_the_table_is_followed_by_differences_to_the_baseline_with_corrected_p():
+    summary = clear()
+    text = markdown(summary).split("Against base: ")[1]
+    assert text.startswith("difference, 95 % interval, and p of the sign-flip test after Holm's correction over this table.")
+    gaps = {row.label: row.versus_baseline["score"] for row in summary.finished if row.label != "base"}
+    for label, gap in gaps.items():
+        assert f"| {label} | {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] p {gap.p_holm:.2g} |" in text
+    assert "| base |" not in text and "Against" not in markdown(rigged({"alone": BASE}))
+
+
+def test_curves_have_ticks_a_log_axis_where_asked_and_a_dot_for_a_single_point():
+    drawn = lines({"a": [[1, 0.2], [1000, 0.8]], "b": [[10, 0.5]]}, "quality", "prompts", log=True)
+    places = [float(x) for x in re.findall(r'<text class="small" text-anchor="middle" x="([\d.]+)"', drawn)]
+    labels = re.findall(r'text-anchor="middle" x="[\d.]+" y="\d+">([\d.]+)</text>', drawn)
+    assert labels == ["1", "10", "100", "1000"] and places[1] - places[0] == pytest.approx(places[3] - places[2], abs=0.11)
+    assert drawn.count("<circle") == 1 and f'cx="{places[1]:.1f}"' in drawn and ">prompts</text>" in drawn
+    assert lines({}, "none") == ""

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import small_folders
-from echelon.compare import compare, documents, load_recipe, recommend, write_report
+from echelon.compare import compare, documents, load_recipe, recommend, tuning, write_report
 from echelon.compare.recipe import MethodEntry
 from echelon.compare.results import per_unit, read_results
 from echelon.compare.runner import plan
@@ -139,7 +139,7 @@ def test_a_sweep_is_decided_on_the_tuning_documents_and_its_winner_is_trained_an
     [([1, 2, 3], 2, []), ([1, 2, 3], 3, ["x"]), ([3, 1, 2], 1, ["x"]), ([2], 2, []), ([2, 2], 2, []), (["a", "b"], "b", [])],
 )
 def test_an_optimum_at_the_edge_of_the_grid_is_flagged(values, chosen, edge):
-    assert task.at_edge({"x": values}, {"x": chosen}) == edge
+    assert tuning.at_edge({"x": values}, {"x": chosen}) == edge
     told = {"chosen": {"lr": chosen}, "tried": [{"knobs": {"lr": chosen}, "loss": 1.0}], "at_edge": edge, "cost": {"seconds": 1.0, "tokens": 64}}
     assert any("grid too narrow" in note for note in task.notes("adamw", told)) == bool(edge)
 

@@ -12,13 +12,16 @@ from echelon.evaluate import (
     diversity,
     mattr,
     overlap_f1,
+    pooled_bleu,
     rep_n,
     rep_w,
+    rouge_l,
     self_bleu,
     sentence_bleu,
     ttr,
     unigram_overlap,
 )
+from echelon.evaluate.text import longest_common_subsequence
 
 
 def random_texts(count: int, words: str = "a b c d e f", longest: int = 14, seed: int = 1) -> list[str]:
@@ -114,6 +117,36 @@ def test_bleu_of_hand_counted_sentences():
     assert sentence_bleu("x y z", ["a b c"]) == sentence_bleu("", ["a b c"]) == 0
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_pooled_bleu_sums_counts_and_lengths_over_texts_each_with_its_own_references(n):
+    texts, own = random_texts(12, longest=9), [random_texts(3, longest=7 + i % 4, seed=i) for i in range(12)]
+    matched, total, ours, theirs = [0] * n, [0] * n, 0, 0
+    for text, others in zip(texts, own, strict=True):
+        words, many = text.split(), [other.split() for other in others]
+        ours += len(words)
+        theirs += min((abs(len(other) - len(words)), len(other)) for other in many)[1]
+        for k in range(1, n + 1):
+            grams = [tuple(words[i : i + k]) for i in range(len(words) - k + 1)]
+            total[k - 1] += len(grams)
+            for gram in set(grams):
+                most = max(sum(tuple(other[i : i + k]) == gram for i in range(len(other) - k + 1)) for other in many)
+                matched[k - 1] += min(grams.count(gram), most)
+    expected = math.prod(a / b for a, b in zip(matched, total, strict=True)) ** (1 / n) * min(1, math.exp(1 - theirs / ours))
+    assert pooled_bleu(texts, own, n) == pytest.approx(expected)
+    assert pooled_bleu(["the cat ran", "a b"], [["the cat sat", "it ran"], ["a b"]], 2) == pytest.approx(math.sqrt(5 / 5 * 2 / 3))
+    assert pooled_bleu(["x"], [["y"]]) == pooled_bleu([""], [["y"]]) == 0
+
+
+def test_rouge_l_is_the_best_f1_of_the_longest_common_subsequence():
+    assert rouge_l("the cat sat", ["the cat sat"]) == 1
+    assert rouge_l("the cat sat", ["a dog", "the dog sat down"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert rouge_l("b a", ["a b"]) == pytest.approx(1 / 2) and rouge_l("", ["a"]) == rouge_l("x", ["a"]) == 0
+    for first, second in zip(random_texts(20, longest=8), random_texts(20, longest=7, seed=4), strict=True):
+        a, b = first.split(), second.split()
+        subsequences = [{tuple(x for i, x in enumerate(text) if mask >> i & 1) for mask in range(1 << len(text))} for text in (a, b)]
+        assert longest_common_subsequence(a, b) == max(map(len, subsequences[0] & subsequences[1]))
+
+
 def test_self_bleu_of_identical_texts_is_1():
     assert self_bleu(["one two three four five"] * 3, 4) == pytest.approx([1, 1, 1])
 
@@ -144,6 +177,9 @@ def test_self_bleu_of_500_texts_takes_seconds():
         (lambda: self_bleu(["a", "b"], limit=0), "limit is 0"),
         (lambda: sentence_bleu("a", []), "references is empty"),
         (lambda: sentence_bleu("a", ["a"], 0), "n is 0"),
+        (lambda: pooled_bleu(["a"], [[]]), "1 texts and 1 sets of references; each text needs at least one"),
+        (lambda: pooled_bleu(["a"], []), "1 texts and 0 sets"),
+        (lambda: rouge_l("a", []), "references is empty"),
     ],
 )
 def test_bad_arguments_are_named(call, said):

@@ -1,4 +1,4 @@
-"""``echelon evaluate``: run a benchmark on your own documents."""
+"""``echelon evaluate``: run a benchmark on your own documents, or measure runs against judgements."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from echelon.cli.arguments import OneLineParser
 from echelon.cli.options import parse
 from echelon.data.files import read_text
 from echelon.errors import UserError
@@ -13,9 +14,14 @@ from echelon.errors import UserError
 
 @dataclass
 class Options:
-    """What to measure, and on which documents.
+    """What to measure: a benchmark on documents, or runs against judgements.
 
     Attributes:
+        run: a run (TREC, MS MARCO or JSON) to measure against --qrels; given once for each of several, in place of a benchmark.
+        qrels: the judgements (TREC, BEIR, MS MARCO or JSON).
+        measures: measures of runs, comma-separated, named as in ir_measures: nDCG, AP, RR, R, P, Success, Judged, RBP; as in `AP(rel=2)@100`.
+        baseline: the run that others are held against; the first one when not given.
+        per_query: file for the value of every run, measure and query, tab-separated.
         data: a .jsonl with a `text` in each line, a .txt, or a folder of these; for tofu the folder with its files.
         model: language model of the likelihood baselines; for tofu the model after unlearning.
         retain_only: for tofu, a model that was trained without what is to be forgotten, or the JSON that an earlier run printed of it.
@@ -24,6 +30,11 @@ class Options:
         json: print JSON.
     """
 
+    run: str | None = None
+    qrels: str | None = None
+    measures: str = "nDCG@10,AP,R@100"
+    baseline: str | None = None
+    per_query: str | None = None
     data: str | None = None
     model: str = "embedded"
     retain_only: str | None = None
@@ -32,12 +43,25 @@ class Options:
     json: bool = False
 
 
+ABOUT = "Run a benchmark on your own documents, or measure runs against judgements."
+OF_RUNS = ("qrels", "baseline", "per_query")
+
+
 def run(arguments: Sequence[str]) -> int:
-    options, benchmark, _ = parse(
-        "evaluate", "Run a benchmark on your own documents.", Options, "benchmark", arguments, default_method="suffix_identification"
-    )
+    runs, rest = _runs(arguments)
+    if runs and not {"-h", "--help"} & set(rest):
+        options, _, _ = parse("evaluate", ABOUT, Options, "", rest)
+        if options.data is not None:
+            raise UserError("--data is for benchmarks and --run for runs; give one of them")
+        from echelon.cli.evaluate_runs import evaluate_runs
+
+        return evaluate_runs(runs, options)
+    options, benchmark, _ = parse("evaluate", ABOUT, Options, "benchmark", rest, default_method="suffix_identification")
+    for name in OF_RUNS:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for runs; give at least one --run")
     if options.data is None:
-        raise UserError("--data is missing; give documents that nothing was trained on")
+        raise UserError("--data is missing; give documents that nothing was trained on, or --run and --qrels to measure runs")
     if benchmark.method_name == "tofu":
         return _tofu(options, benchmark)
     if options.retain_only is not None:
@@ -55,6 +79,14 @@ def run(arguments: Sequence[str]) -> int:
     made = benchmark.evaluate(options.data, compared, _tell)
     print(json.dumps(made, indent=2) if options.json else as_table(made))
     return 0
+
+
+def _runs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The value of each ``--run``, which may stand several times, and the other words."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", action="append", default=[])
+    chosen, rest = parser.parse_known_args(list(arguments))
+    return chosen.run, rest
 
 
 def _tell(step: str) -> None:

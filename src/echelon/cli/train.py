@@ -51,6 +51,10 @@ def run(arguments: Sequence[str]) -> int:
                 bar.update(task, description=f"loss {entry['loss']:.3f}", completed=entry["step"], total=entry["of"])
 
         result = trainer.train(options.model, options.data, options.out, options.seed, show)
+        if trainer.method_name == "hyperfit":
+            from echelon.evaluate.hyperfitting import write_report
+
+            result |= write_report(trainer, options.model, options.data, options.out, options.seed, lambda step: bar.update(task, description=step))
     if options.json:
         print(json.dumps({"out": options.out, **result}, indent=2))
     else:

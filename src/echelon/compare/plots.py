@@ -147,28 +147,38 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [value for decade in decades for value in (float(f"{factor}e{decade}") for factor in factors) if low <= math.log10(value) <= high]
 
 
-def lines(curves: dict[str, list[list[float]]], title: str) -> str:
-    """Named curves in one picture (learning curves, cost curves)."""
+def lines(curves: dict[str, list[list[float]]], title: str, x_title: str = "", log: bool = False, size: tuple[int, int] = (640, 320)) -> str:
+    """Named curves in one picture (learning curves, cost curves), a single point as a dot; ``log`` is for the x axis."""
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return ""
-    width, height, left, right, top, bottom = 640, 320, 60, 130, 24, 30
-    x_low, x_high = _padded(min(p[0] for p in points), max(p[0] for p in points))
+    (width, height), left, right, top, bottom = size, 60, 150, 24, 46 if x_title else 30
+    scale = math.log10 if log else float
+    x_low, x_high = _padded(min(scale(p[0]) for p in points), max(scale(p[0]) for p in points))
     y_low, y_high = _padded(min(p[1] for p in points), max(p[1] for p in points))
+
+    def x(value: float) -> float:
+        return left + (scale(value) - x_low) / (x_high - x_low) * (width - left - right)
+
+    def y(value: float) -> float:
+        return height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom)
+
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
     parts = [f'<text x="0" y="14" font-weight="600">{html.escape(title)}</text>']
     for tick in _ticks(y_low, y_high):
-        y = height - bottom - (tick - y_low) / (y_high - y_low) * (height - top - bottom)
-        parts.append(f'<line class="gridline" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="small" text-anchor="end" x="{left - 8}" y="{y + 4:.1f}">{tick:g}</text>')
+        parts.append(f'<line class="gridline" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="small" text-anchor="end" x="{left - 8}" y="{y(tick) + 4:.1f}">{tick:g}</text>')
+    for tick in _log_ticks(x_low, x_high) if log else _ticks(x_low, x_high):
+        parts.append(f'<line class="gridline" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(f'<text class="small" text-anchor="middle" x="{x(tick):.1f}" y="{height - bottom + 16}">{tick:g}</text>')
+    if x_title:
+        parts.append(f'<text text-anchor="middle" x="{(left + width - right) / 2}" y="{height - 8}">{html.escape(x_title)}</text>')
     ends: dict[str, tuple[float, float]] = {}
     for number, (label, curve) in enumerate(curves.items()):
-        placed = [
-            (left + (a - x_low) / (x_high - x_low) * (width - left - right), height - bottom - (b - y_low) / (y_high - y_low) * (height - top - bottom))
-            for a, b in curve
-        ]
-        way = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{colours[number % len(colours)]}" stroke-width="2"/>')
-        ends[label] = placed[-1]
+        colour, dashes = colours[number % len(colours)], ' stroke-dasharray="6 3"' if number >= len(colours) else ""
+        way = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in curve)
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+        ends[label] = x(curve[-1][0]), y(curve[-1][1])
+        if len(curve) == 1:
+            parts.append(f'<circle cx="{ends[label][0]:.1f}" cy="{ends[label][1]:.1f}" r="4" fill="{colour}"/>')
     return _svg(width, height, title, [*parts, *_labels(ends)])
-

@@ -93,7 +93,7 @@ def recommend(summary: Summary, metric: str, limits: str = "") -> Recommendation
     if summary.failed:
         text.append("Failed: " + ", ".join(f"{row.label} ({row.error})" for row in summary.failed))
     if value.seeds == 1 and value.n > 1:
-        text.append(f"One seed: intervals cover {summary.unit}s only")
+        text.append(f"One seed: intervals cover {summary.units} only")
     return Recommendation(". ".join(text) + ".", chosen.label, command(summary, chosen))
 
 

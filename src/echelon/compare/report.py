@@ -14,6 +14,7 @@ from echelon.compare.table import cost_cell, cost_columns, heading, legend, mark
 from echelon.data.files import write_whole
 
 PAGE = Path(__file__).with_name("report.html")
+KNOBS_OF = ("decoder", "optimizer", "layer", "retriever", "reranker")
 SHOWN = 40  # texts side by side: more would make the page heavy and nobody read them
 
 
@@ -49,7 +50,7 @@ def page(summary: Summary, advice: Recommendation) -> str:
             f'<figure>{plots.bars(summary, m)}<figcaption class="note">{_e(held.note)}</figcaption></figure>' for m, held in summary.metrics.items()
         ),
         curves=_curves(summary),
-        texts_note=_e(f"The same {summary.unit}s for all, first seed; {min(SHOWN, len(summary.texts))} of {len(summary.texts)} shown."),
+        texts_note=_e(f"The same {summary.units} for all, first seed; {min(SHOWN, len(summary.texts))} of {len(summary.texts)} shown."),
         texts=_texts(summary, advice.label),
         knobs="".join(f"<dt>{_e(row.label)}</dt><dd>{_e(row.method)} {_e(json.dumps(_knobs(row)))}{_notes(row)}</dd>" for row in summary.rows),
         measured="".join(f"<dt>{_e(heading(name))}</dt><dd>{_e(held.note or held.unit)}</dd>" for name, held in summary.metrics.items()),
@@ -112,7 +113,7 @@ def _knobs(row: Row) -> dict[str, Any]:
     from echelon.registry import named
 
     try:
-        defaults = {knob.name: knob.default for card in named(row.method) if card.kind in ("decoder", "optimizer", "layer") for knob in card.knobs}
+        defaults = {knob.name: knob.default for card in named(row.method) if card.kind in KNOBS_OF for knob in card.knobs}
     except UserError:  # a task of the user's own has methods that are not registered
         defaults = {}
     return {**defaults, **row.knobs}

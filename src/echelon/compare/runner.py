@@ -180,7 +180,7 @@ class _Place:
 
     def _ask(self, request: dict[str, Any], keep: bool = False) -> dict[str, Any]:
         if self.recipe.isolation == "none":
-            self.bench = self.bench or Bench(self.recipe.to_dict())
+            self.bench = self.bench or Bench(self.recipe.to_dict(), self.out)
             return self.bench.answer(request)
         self.worker = self.worker or _Worker(self.recipe, self.out)
         answer = self.worker.ask(request, self.recipe.timeout)
@@ -213,7 +213,7 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True,
         )  # fmt: skip
         self.over = False
-        self._send(recipe.to_dict())
+        self._send({"recipe": recipe.to_dict(), "out": str(out)})
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None

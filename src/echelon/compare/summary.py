@@ -90,6 +90,11 @@ class Summary:
     columns: tuple[str, ...] = ()
 
     @property
+    def units(self) -> str:
+        """The plural of what is paired."""
+        return self.unit[:-1] + "ies" if self.unit.endswith("y") else self.unit + "s"
+
+    @property
     def finished(self) -> list[Row]:
         return [row for row in self.rows if row.status == "finished"]
 

@@ -35,8 +35,8 @@ def heading(name: str) -> str:
 
 
 def legend(summary: Summary) -> str:
-    base = f"±: half a 95 % interval over {summary.unit}s"
-    return f"{base}; *: best; =: not told apart from the best; metrics without * or = have no better direction, or no {summary.unit}s to test"
+    base = f"±: half a 95 % interval over {summary.units}"
+    return f"{base}; *: best; =: not told apart from the best; metrics without * or = have no better direction, or no {summary.units} to test"
 
 
 def notes(summary: Summary) -> list[str]:
@@ -82,7 +82,22 @@ def markdown(summary: Summary) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"| {_plain(row.label)} | failed: {_plain(row.error or '')} |" + " |" * (len(head) - 2) for row in summary.failed]
     told = "".join(f"\n- {note}" for note in notes(summary))
-    return "\n".join(lines) + f"\n\n{legend(summary)}. {summary.scale}.\n" + (f"{told}\n" if told else "")
+    return "\n".join(lines) + f"\n\n{legend(summary)}. {summary.scale}.\n" + differences(summary) + (f"{told}\n" if told else "")
+
+
+def differences(summary: Summary) -> str:
+    """A Markdown table of what each method differs by from the baseline, with its interval and its p-value; nothing where there is nothing to test."""
+    metrics = [name for name in summary.metrics if any(name in row.versus_baseline for row in summary.finished)]
+    if not metrics:
+        return ""
+    lines = ["| method | " + " | ".join(map(heading, metrics)) + " |", "|---|" + "---:|" * len(metrics)]
+    for row in ranked(summary):
+        gaps = [row.versus_baseline.get(metric) for metric in metrics]
+        if any(gaps):
+            cells = [f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] p {gap.p_holm:.2g}" if gap else "-" for gap in gaps]
+            lines.append("| " + " | ".join([_plain(row.label), *cells]) + " |")
+    about = f"Against {_plain(summary.baseline)}: difference, 95 % interval, and p of the sign-flip test after Holm's correction over this table."
+    return f"\n{about}\n\n" + "\n".join(lines) + "\n"
 
 
 def _plain(text: str) -> str:

@@ -55,7 +55,8 @@ class Task(Protocol):
         primary: metric that the recommendation is about when the recipe names none.
         reference: method that is shown beside the others and never recommended; empty for none.
 
-    A task whose methods may be tuned has ``sweeps = True``; one with costs worth a column beside those per unit names them in ``columns``.
+    A task whose methods may be tuned has ``sweeps = True``; one with costs worth a column beside those per unit names them in ``columns``; one that keeps work
+    from run to run has a ``folder``, which is set to a place beside the results before ``prepare``.
     """
 
     kind: str

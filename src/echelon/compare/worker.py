@@ -25,9 +25,11 @@ from echelon.data.files import write_whole
 class Bench:
     """A task and its prepared context, made when first needed."""
 
-    def __init__(self, recipe: dict[str, Any]):
+    def __init__(self, recipe: dict[str, Any], out: str | Path):
         self.recipe = Recipe(**{**recipe, "methods": [MethodEntry(**entry) for entry in recipe["methods"]]})
         self.task = load_task(self.recipe.task)
+        if hasattr(self.task, "folder"):
+            self.task.folder = Path(out) / "shared"
         self._context: Any = None
 
     @property
@@ -92,7 +94,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up between the answers
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        bench = Bench(json.loads(sys.stdin.readline()))
+        bench = Bench(**json.loads(sys.stdin.readline()))
         for line in sys.stdin:
             print(json.dumps(bench.answer(json.loads(line))), file=answers, flush=True)
 

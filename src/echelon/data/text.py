@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections.abc import Collection, Hashable, Sequence
 
 # Closed-class English words, which say little about what a text is about.
 STOP_WORDS = frozenset(
@@ -53,3 +54,32 @@ def split_sentences(text: str) -> list[str]:
                 start = match.end()
         found.append(paragraph[start:].strip())
     return [sentence for sentence in found if sentence]
+
+
+def tail_ttr(texts: Sequence[Sequence[Hashable]], window: int = 96, ignored: Collection[Hashable] = ()) -> tuple[float, int]:
+    """Different tokens per token among each text's last ``window`` ones, averaged over texts, and how many texts have no token and are left out.
+
+    Source: "The Hyperfitting Phenomenon", arXiv 2412.04318, whose code counts the pads behind texts that end early.
+
+    Args:
+        texts: as tokens of any kind.
+        window: at least 1; a shorter text counts whole.
+        ignored: tokens that are none of the text where they stand at its end, such as pads and the end-of-text token.
+
+    Raises:
+        ValueError: if the window is out of range.
+
+    >>> tail_ttr([[1, 2, 3, 4], [5, 5, 0, 0], [0]], window=4, ignored={0})
+    (0.75, 1)
+    """
+    if window < 1:
+        raise ValueError(f"window is {window!r}; it must be at least 1")
+    shares = []
+    for text in texts:
+        end = len(text)
+        while end and text[end - 1] in ignored:
+            end -= 1
+        tail = text[max(0, end - window) : end]
+        if tail:
+            shares.append(len(set(tail)) / len(tail))
+    return (sum(shares) / len(shares) if shares else float("nan")), len(texts) - len(shares)

@@ -155,6 +155,61 @@ def corpus_bleu(texts: Sequence[Text], references: Sequence[Text], n: int = 4) -
     return np.array([_bleu(_tokens(text), i, n, allowed, lengths) for i, text in enumerate(texts)])
 
 
+def pooled_bleu(texts: Sequence[Text], references: Sequence[Sequence[Text]], n: int = 4) -> float:
+    """BLEU-n of a whole set (Papineni et al. 2002): counts and lengths are summed over the texts, each held against its own references, without smoothing.
+
+    Args:
+        texts: the texts.
+        references: for each text at least one.
+        n: longest n-gram.
+
+    Raises:
+        ValueError: if a text has no reference, or n is below 1.
+    """
+    if len(texts) != len(references) or not all(references):
+        raise ValueError(f"there are {len(texts)} texts and {len(references)} sets of references; each text needs at least one")
+    matched, total, lengths = [0] * n, [0] * n, [0, 0]
+    for text, own in zip(texts, references, strict=True):
+        tokens = _tokens(text)
+        lengths[0] += len(tokens)
+        lengths[1] += min((len(_tokens(one)) for one in own), key=lambda length: (abs(length - len(tokens)), length))
+        for k in _orders(n):
+            grams, most = Counter(_ngrams(tokens, k)), _most(own, k)
+            matched[k - 1] += sum(min(count, most.get(gram, (0, -1, 0))[0]) for gram, count in grams.items())
+            total[k - 1] += grams.total()
+    if not all(matched):
+        return 0.0
+    precision = sum(math.log(a / b) for a, b in zip(matched, total, strict=True)) / n
+    return math.exp(precision + min(0.0, 1 - lengths[1] / lengths[0]))
+
+
+def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Its length.
+
+    >>> longest_common_subsequence("the cat sat".split(), "the dog sat down".split())
+    2
+    """
+    before = [0] * (len(b) + 1)
+    for token in a:
+        here = [0]
+        for place, other in enumerate(b):
+            here.append(before[place] + 1 if token == other else max(before[place + 1], here[place]))
+        before = here
+    return before[-1]
+
+
+def rouge_l(text: Text, references: Sequence[Text]) -> float:
+    """ROUGE-L (Lin 2004): the largest F1 over the references of the longest common subsequence's shares of text and reference.
+
+    Raises:
+        ValueError: if there are no references.
+    """
+    if not references:
+        raise ValueError("references is empty; ROUGE needs at least one")
+    tokens = _tokens(text)
+    return max(2 * longest_common_subsequence(tokens, _tokens(one)) / max(1, len(tokens) + len(_tokens(one))) for one in references)
+
+
 def self_bleu(texts: Sequence[Text], n: int = 4, *, limit: int | None = 500, seed: int = 0) -> Float[np.ndarray, " texts"]:
     """BLEU-n of each text against all the others (Zhu et al., Texygen, arXiv 1802.01886); the mean is what is reported, lower is more diverse.
 

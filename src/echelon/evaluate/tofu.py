@@ -21,6 +21,7 @@ from scipy.stats import ks_2samp
 from echelon.data.question_answers import TEMPLATE, QuestionAnswer, check_template, prompt_and_text, read_question_answers
 from echelon.errors import UserError
 from echelon.evaluate.likelihood import mean_log_likelihood
+from echelon.evaluate.text import longest_common_subsequence
 from echelon.models import LoadedModel
 from echelon.registry import method
 
@@ -165,13 +166,7 @@ def rouge_l_recall(reference: str, text: str) -> float:
     wanted, found = (re.findall(r"[a-z0-9]+", each.lower()) for each in (reference, text))
     if not wanted:
         return 0.0
-    before = [0] * (len(found) + 1)
-    for word in wanted:
-        here = [0]
-        for place, other in enumerate(found):
-            here.append(before[place] + 1 if word == other else max(before[place + 1], here[place]))
-        before = here
-    return before[-1] / len(wanted)
+    return longest_common_subsequence(wanted, found) / len(wanted)
 
 
 def model_utility(values: Sequence[float]) -> float:

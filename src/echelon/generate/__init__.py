@@ -9,7 +9,7 @@ _LAZY = {
     "Greedy": "greedy", "Beam": "beam",
     "Ancestral": "truncation", "TopK": "truncation", "Nucleus": "truncation", "Typical": "truncation", "Eta": "truncation", "MinP": "truncation",
     "ContrastiveSearch": "contrastive_search", "ContrastiveDecoding": "contrastive_decoding",
-    "Momentum": "momentum", "MomentumProcessor": "momentum",
+    "Momentum": "momentum", "MomentumProcessor": "momentum", "CitationBlocker": "citations", "Citations": "citations",
     "BestOfN": "search", "SegmentBeam": "search", "RankGen": "rankgen", "RankGenRerank": "rankgen",
 }  # fmt: skip
 __all__ = sorted(_LAZY)

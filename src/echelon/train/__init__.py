@@ -5,7 +5,7 @@ from typing import Any
 
 _LAZY = {
     "RankGenTrainer": "rankgen", "contrastive_loss": "rankgen", "CTRTrainer": "ctr", "fit_clicks": "ctr", "fit": "language", "new_model": "language",
-    "Training": "training", "MethodCallback": "trainer", "learning_rate": "trainer",
+    "Hyperfit": "hyperfit", "Training": "training", "MethodCallback": "trainer", "learning_rate": "trainer",
     "step_in_backward": "layerwise", "packed_rows": "rows", "document_rows": "rows", "held_out_loss": "rows",
 }  # fmt: skip
 __all__ = sorted(_LAZY)

@@ -109,7 +109,7 @@ def fit(
         prepare: called before that with the model, batches of each row of the data once in the order of the training, and the learning rate behind the first
             step, for adapters that start from data.
         callbacks: of transformers' Trainer; the adapters of :mod:`echelon.adapt` need its ``AdapterCallback``.
-        on_step: called with each line of the log and the number of steps as ``of``.
+        on_step: called with each line of the log and the number of steps as ``of``; training ends behind a step for which it returns true.
 
     Returns:
         What ``result.json`` holds: ``held_out`` {perplexity and byte_perplexity, before and after, tokens}, ``steps``, ``tokens`` (without pads),
@@ -198,7 +198,8 @@ def fit(
         parameter.grad = None
     if isinstance(method, LayerMethod):
         method.finish(model)
-    result: dict[str, Any] = {"steps": training.steps, "processes": world, "tokens": reading.tokens(), "order": told["order"]}
+    steps = trainer.state.global_step
+    result: dict[str, Any] = {"steps": steps, "processes": world, "tokens": reading.tokens(steps * training.batch_size * world), "order": told["order"]}
     result |= _timings(out / "log.jsonl") | {"memory": memory | {"formula": counted}}
     if before is not None:
         result["held_out"] = _perplexities(before, look(model), training.legacy_eval)

@@ -111,9 +111,10 @@ class Reading(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         return self.rows.batch(self.places[number])
 
-    def tokens(self) -> int:
-        """Tokens that are read, without pads."""
-        return self.places.numel() * self.rows.ids.shape[1] if self.rows.mask is None else int(self.rows.mask.sum(1)[self.places].sum())
+    def tokens(self, count: int | None = None) -> int:
+        """Tokens that are read, or those of the first ``count`` rows, without pads."""
+        places = self.places[:count]
+        return places.numel() * self.rows.ids.shape[1] if self.rows.mask is None else int(self.rows.mask.sum(1)[places].sum())
 
     def digest(self) -> str:
         """SHA-256 over the token ids in the order they are read (int32, pads included): equal for runs that saw the same batches."""

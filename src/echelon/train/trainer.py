@@ -30,7 +30,7 @@ from echelon.train.rows import HeldOutLoss
 from echelon.train.training import Training
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from shards, on the first process
-Tell = Callable[[dict[str, Any]], None]
+Tell = Callable[[dict[str, Any]], Any]
 
 
 class MethodCallback(TrainerCallback):
@@ -125,7 +125,8 @@ class LanguageTrainer(Trainer):
             entry["held_out_loss"] = self.look(self.model).loss
         if self.is_world_process_zero():
             append_line(self.out / "log.jsonl", json.dumps(entry))
-        self.tell(entry | {"of": self.args.max_steps})
+        if self.tell(entry | {"of": self.args.max_steps}):
+            self.control.should_training_stop, self.control.should_save = True, False  # from a checkpoint here it would go on behind the end
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self._get_grad_norm(model)

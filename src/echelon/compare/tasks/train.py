@@ -5,11 +5,9 @@ the loss on held-out documents, paired by document and weighted by tokens; what 
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from echelon.compare.documents import PASSAGES, documents, losses
 from echelon.compare.task import Outcome, Quality
+from echelon.compare.tuning import evenly, is_whole, published, tries, tuned, tuning_notes
 from echelon.errors import UserError
 from echelon.models import LoadedModel, load
 from echelon.registry import build, card, cards, suggest
@@ -98,17 +97,17 @@ class Task:
             if metric != "loss":
                 raise UserError(f"unknown metric {metric!r}; the metric is loss")
         data, budget = {**DATA, **recipe.data}, resolved(recipe)
-        if not _whole(data["documents"], 0):
+        if not is_whole(data["documents"], 0):
             raise UserError(f"data.documents is {data['documents']!r}; it must be a whole number of at least 0")
         for name in ("batch_size", "seqlen"):
-            if not _whole(budget[name], 1):
+            if not is_whole(budget[name], 1):
                 raise UserError(f"budget.{name} is {budget[name]!r}; it must be a whole number of at least 1")
         share = budget["optimizer_state"]
         if share is not None and not (isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1):
             raise UserError(f"budget.optimizer_state is {share!r}; it must be a share of AdamW's state, in (0, 1]")
         least = budget["batch_size"] * budget["seqlen"]
         for name in ("tokens", "tune_tokens"):
-            if not _whole(budget[name], least):
+            if not is_whole(budget[name], least):
                 raise UserError(f"budget.{name} is {budget[name]!r}; it must be a whole number of at least {least}, the tokens of one step")
         try:
             Training(steps=1, **{name: budget[name] for name in ("batch_size", "seqlen", "warmup", "max_grad_norm", "bf16")})
@@ -201,24 +200,12 @@ class Task:
 
     def _tuned(self, context: Context, entry: Any, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """An entry's knobs with those of the sweep that reach the least loss on the tuning documents, and what was tried for that."""
-        grid = tries(entry)
-        if len(grid) == 1:
-            return grid[0], {}
-        started = time.perf_counter()
-        tried: list[dict[str, Any]] = []
-        for knobs in grid:
-            swept = {name: knobs[name] for name in entry.sweep}
-            try:
-                trained = train(context, built(entry.name, {"seed": seed} | knobs), context.tune_tokens, seed)
-                loss = losses(trained.loaded, context.tune)[1]
-                tried.append({"knobs": swept, "loss": loss if math.isfinite(loss) else None})
-            except ValueError as error:  # it diverged: a result like another
-                tried.append({"knobs": swept, "loss": None, "error": str(error)})
-        if all(one["loss"] is None for one in tried):
-            raise UserError(f"no setting of the sweep of {entry.label} trained; the last said: {tried[-1].get('error', 'the loss is not finite')}")
-        chosen = min((one for one in tried if one["loss"] is not None), key=lambda one: one["loss"])["knobs"]
-        cost = {"seconds": time.perf_counter() - started, "tokens": context.tune_tokens * len(grid)}
-        return {**entry.knobs, **chosen}, {"chosen": chosen, "tried": tried, "at_edge": at_edge(entry.sweep, chosen), "cost": cost}
+
+        def loss_of(knobs: dict[str, Any]) -> float:
+            trained = train(context, built(entry.name, {"seed": seed} | knobs), context.tune_tokens, seed)
+            return losses(trained.loaded, context.tune)[1]
+
+        return tuned(entry, loss_of, tokens=context.tune_tokens)
 
     def timing(self, context: Context, entry: Any) -> float:
         """Median seconds of a step over five of them; the sweep does not change it."""
@@ -230,7 +217,7 @@ class Task:
 def resolved(recipe: Any) -> dict[str, Any]:
     """The budget with its defaults."""
     told = {**BUDGET, **recipe.budget}
-    if told["tune_tokens"] is None and _whole(told["tokens"], 1) and _whole(told["batch_size"], 1) and _whole(told["seqlen"], 1):
+    if told["tune_tokens"] is None and is_whole(told["tokens"], 1) and is_whole(told["batch_size"], 1) and is_whole(told["seqlen"], 1):
         told["tune_tokens"] = max(told["tokens"] // 5, told["batch_size"] * told["seqlen"])
     return told
 
@@ -283,35 +270,9 @@ def sized(context: Context, entry: Any) -> tuple[dict[str, int], float]:
     return ({knob: least} if knob else {}), share(least)
 
 
-def tries(entry: Any) -> list[dict[str, Any]]:
-    """The knobs of every setting of an entry's sweep; one without a sweep."""
-    return [{**entry.knobs, **dict(zip(entry.sweep, values, strict=True))} for values in itertools.product(*entry.sweep.values())]
-
-
-def at_edge(sweep: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> list[str]:
-    """The swept knobs whose chosen number is the least or the greatest of those that were tried."""
-    numeric = {name: values for name, values in sweep.items() if len(set(values)) > 1 and all(isinstance(v, int | float) for v in values)}
-    return [name for name, values in numeric.items() if chosen[name] in (min(values), max(values))]
-
-
 def notes(name: str, tuning: Mapping[str, Any]) -> list[str]:
     """How the knobs were chosen, and what the method's paper reports."""
-    made = []
-    if tuning:
-        told = ", ".join(f"{said(one['knobs'])} ({'diverged' if one['loss'] is None else format(one['loss'], '.3f')})" for one in tuning["tried"])
-        cost = tuning["cost"]
-        each = cost["tokens"] // len(tuning["tried"])
-        made.append(f"tuned: {said(tuning['chosen'])} of {told}; losses on the tuning documents after {each:,} tokens each, {cost['seconds']:.0f} s together")
-        if tuning["at_edge"]:
-            made.append(f"grid too narrow: the best {' and '.join(tuning['at_edge'])} lies at its edge")
-    found = card(name, kind_of(name))
-    if found.published:
-        made.append(f"published, with other models and budgets (arXiv {found.arxiv}): {found.published}")
-    return made
-
-
-def said(knobs: Mapping[str, Any]) -> str:
-    return " ".join(f"{name} {value}" for name, value in knobs.items())
+    return tuning_notes(tuning, "tuning documents") + published(card(name, kind_of(name)))
 
 
 def train(context: Context, method: Any, tokens: int, seed: int) -> Trained:
@@ -336,11 +297,6 @@ def curve(values: Sequence[float], step: int) -> list[list[float]]:
     return [[float(min(len(values), (place + 1) * width) * step), sum(part) / len(part)] for place, part in enumerate(stretches)]
 
 
-def evenly(texts: list[str], count: int) -> list[str]:
-    """At most so many of the texts, spread over all of them."""
-    return texts if len(texts) <= count else [texts[number * len(texts) // count] for number in range(count)]
-
-
 def llama(told: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """A Llama's config for a tokenizer."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -362,7 +318,3 @@ def _check_config(told: Any, seqlen: int) -> None:
         raise UserError(f"data.model is {dict(told)}; no Llama can be made of it: {' '.join(str(error).split())}") from error
     if config.max_position_embeddings < seqlen:
         raise UserError(f"budget.seqlen is {seqlen}; the model has max_position_embeddings {config.max_position_embeddings}, so it must be at most that")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,126 @@
+"""DyLoRA used at every rank after one training, against a LoRA trained for each rank, and a LoRA of the largest rank that is cut down afterwards.
+
+    python benchmarks/dylora_ranks.py [--e2e FOLDER] [--quick]
+
+On the embedded model: sentences for meanings with the folder of the E2E NLG Challenge, else the prose that ships. All trainings see the same batches in the
+same order, DyLoRA twice as many of them as each LoRA: a quarter of what eight LoRAs take together. Learning rates are chosen from two for each training by
+short ones, on units that are neither trained on nor tested. "Cut" keeps the largest singular directions of each layer's product. Losses are means over test
+units, weighted by tokens; intervals are of paired differences over these units.
+"""
+
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+
+from echelon.adapt import rank_report
+from echelon.compare.adapted import Adapted, Batches, adapted, config_of
+from echelon.compare.recipe import MethodEntry, load_recipe
+from echelon.compare.tasks.adapt import Task
+from echelon.compare.tuning import tuned
+from echelon.data.files import write_whole
+from echelon.evaluate.significance import paired
+
+RESULTS = Path(__file__).parent / "results" / "dylora_ranks.md"
+TARGETS = "all-linear"
+
+
+class Runs:
+    """Trainings of one task on the same batches, each at the better of two learning rates.
+
+    Args:
+        options: of the command line.
+    """
+
+    def __init__(self, options: Any):
+        data = {"tasks": ["e2e" if options.e2e else "text"], "e2e": options.e2e, "units": options.units, "tune_units": options.tune_units}
+        told = {"task": "adapt", "data": data, "methods": [{"name": "lora", "sweep": {"lr": options.lr}}]}
+        context = Task().prepare(load_recipe(told))
+        [self.task], self.options = context.tasks, options
+        self.rows = context.rows[self.task.name]
+
+    def run(self, name: str, rank: int, steps: int) -> tuple[Adapted, float, float]:
+        """A trained adapter, its learning rate, and the seconds that both took."""
+        started = time.perf_counter()
+
+        def trained(knobs: dict[str, Any], count: int) -> Adapted:
+            config = config_of(name, {"r": rank}, TARGETS, steps=count, task_type="CAUSAL_LM")
+            return adapted(self.task, Batches(self.rows, self.options.batch_size, count, 0), config, lr=knobs["lr"])
+
+        entry = MethodEntry(name, {}, name, {"lr": self.options.lr})
+        chosen, _ = tuned(entry, lambda knobs: self.task.tuning_loss(trained(knobs, max(1, steps // 3)).loaded), steps=max(1, steps // 3))
+        return trained(chosen, steps), chosen["lr"], time.perf_counter() - started
+
+    def losses(self, made: Adapted) -> np.ndarray:
+        return self.task.losses(made.loaded, self.task.test)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def cut(made: Adapted, rank: int, kept: dict[str, Any]) -> None:
+    """Leave the largest singular directions of each layer's product; ``kept`` holds the factors as they were trained."""
+    for name, layer in made.tuned.named_modules():
+        if isinstance(layer, LoraLayer):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            whole_A, whole_B = kept.setdefault(name, (A.clone(), B.clone()))
+            up, values, down = torch.linalg.svd(whole_B @ whole_A, full_matrices=False)
+            A.zero_()
+            B.zero_()
+            A[:rank], B[:, :rank] = down[:rank], up[:, :rank] * values[:rank]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--e2e", default=None, help="folder with devset.csv and testset_w_refs.csv")
+    parser.add_argument("--quick", action="store_true", help="a few steps at three ranks: shows that it works, and nothing else")
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--units", type=int, default=50)
+    parser.add_argument("--tune_units", type=int, default=20)
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.003, 0.01])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    ranks = list(range(1, options.r + 1))
+    if options.quick:
+        options.steps, options.batch_size, options.units, options.tune_units, ranks = 4, 2, 6, 3, [1, 2, options.r]
+    load = os.getloadavg()[0]
+    runs = Runs(options)
+    nested, nested_lr, nested_seconds = runs.run("dylora", options.r, 2 * options.steps)
+    found: dict[int, np.ndarray] = {}
+    rank_report(nested.tuned, lambda _: float(found.setdefault(len(found), runs.losses(nested)).mean()), ranks)
+    dylora = dict(zip(ranks, found.values(), strict=True))
+    alone, rates, seconds, shrunk, kept = {}, {}, 0.0, {}, {}
+    for rank in ranks:
+        made, rates[rank], taken = runs.run("lora", rank, options.steps)
+        alone[rank], seconds = runs.losses(made), seconds + taken
+    for rank in ranks:
+        cut(made, rank, kept)
+        shrunk[rank] = runs.losses(made)
+    where = "E2E, sentences of the development set, tested on the test set" if options.e2e else "the prose that ships"
+    command = "python benchmarks/dylora_ranks.py" + (" --e2e FOLDER" if options.e2e else "") + (" --quick" if options.quick else "")
+    lines = [
+        "# DyLoRA at every rank", "", f"    {command}", "",
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; load average {load:.1f} before. {where}: {options.steps} steps "
+        f"of {options.batch_size} rows (DyLoRA {2 * options.steps}), {len(dylora[ranks[0]])} test units, one seed.", "",
+        f"One DyLoRA for all ranks took {nested_seconds:.0f} s with its two short trainings (lr {nested_lr:g}); {len(ranks)} LoRAs took {seconds:.0f} s.", "",
+        f"| rank | DyLoRA, loss | LoRA of this rank, loss | its lr | DyLoRA less LoRA | LoRA of rank {options.r} cut, loss | DyLoRA less cut |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for rank in ranks:
+        gaps = [paired(dylora[rank], other[rank]) for other in (alone, shrunk)]
+        told = [f"{gap.difference:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})" for gap in gaps]
+        lines.append(
+            f"| {rank} | {dylora[rank].mean():.4f} | {alone[rank].mean():.4f} | {rates[rank]:g} | {told[0]} | {shrunk[rank].mean():.4f} | {told[1]} |"
+        )
+    write_whole(options.out, "\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
