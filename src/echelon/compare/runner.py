@@ -1,7 +1,6 @@
 """The one runner behind every bake-off: it knows nothing of any kind of method."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from echelon.compare.recipe import MethodEntry, Recipe
 from echelon.compare.results import SCHEMA, write_results
 from echelon.compare.task import load_task
 from echelon.compare.worker import Bench
-from echelon.data.files import append_line, read_text, write_whole
-from echelon.errors import UserError
+from echelon.data.files import append_line, locked, read_text, write_whole
 from echelon.models import embedded_dir
 
 Progress = Callable[[dict[str, Any]], None]
@@ -71,7 +69,7 @@ def compare(recipe: Recipe, out: str | Path, on_progress: Progress | None = None
         UserError: if the folder cannot be written, or another process is at work in it.
     """
     out, tell = Path(out), on_progress or (lambda _: None)
-    with _locked(out):
+    with locked(out, f"another comparison is writing to {out}; wait for it, or choose another --out"):
         runs = plan(recipe)
         write_whole(out / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
         done = {run.key: result for run in runs if (result := _finished(out, run.key)) is not None}
@@ -141,21 +139,6 @@ def ratios(measured: dict[str, list[float]], baseline: str) -> dict[str, float]:
     """Median over the rounds of each method's time over the baseline's in the same round."""
     base = measured.get(baseline) or next(iter(measured.values()))
     return {label: statistics.median(a / b for a, b in zip(times, base, strict=False)) for label, times in measured.items() if times}
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another comparison is writing to {out}; wait for it, or choose another --out") from error
-        yield
 
 
 class _Place:

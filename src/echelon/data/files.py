@@ -1,6 +1,7 @@
 """Files that are whole or absent."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -76,6 +77,26 @@ def folder_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone; the lock goes with the process, however that ends.
+
+    Raises:
+        UserError: with ``busy``, if another process holds it; or if it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(busy) from error
+        yield
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

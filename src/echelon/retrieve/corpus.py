@@ -4,7 +4,6 @@ A shard is one Parquet file: one rename makes it appear whole (two files could n
 DuckDB, Ray, Spark and pandas read it as it is.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from echelon.data.documents import Doc, read_corpus
-from echelon.data.files import read_text, write_whole
+from echelon.data.files import locked, read_text, write_whole
 from echelon.data.lines import check_id
 from echelon.errors import UserError
 from echelon.retrieve.base import Index, Space
@@ -64,7 +63,7 @@ def encode_corpus(
 
         encoder = resolve_encoder(encoder)
     out = Path(out).absolute()
-    with _locked(out):
+    with locked(out, f"another process is encoding into {out}; wait for it, or give another folder"):
         for left_by_the_killed in out.glob(".shard-*"):
             left_by_the_killed.unlink()
         spool = out / SPOOL
@@ -208,20 +207,3 @@ def _shard(number: int, spool: Path, start: int, stop: int, fingerprint: str, dt
 
 def _name(number: int) -> str:
     return f"shard-{number:05}.parquet"
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    import fcntl
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is encoding into {out}; wait for it, or give another folder") from error
-        yield
