@@ -30,7 +30,7 @@ from echelon.train.trainer import own_randomness
 Row = dict[str, list[int]]
 METRICS = {"text": ["loss"], "e2e": ["loss", "bleu", "rouge_l"], "sst2": ["accuracy"], "rte": ["accuracy"], "mrpc": ["accuracy", "f1"], "cola": ["matthews"]}
 TEMPLATE = "{question}\n{answer}"
-MAX_LENGTH = 128
+MAX_LENGTH = 256
 _BATCH = 64
 _READ = 4  # sentences of a meaning whose likelihood is measured: there are between one and forty, which would decide what a meaning counts
 
@@ -88,6 +88,7 @@ class Written(Downstream):
         tune: what knobs are chosen on.
         test: what is tested on.
         max_new_tokens: of a sentence that the model writes; 0 where it writes none.
+        max_length: tokens of a row that is trained on.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Written(Downstream):
     tune: list[Meaning]
     test: list[Meaning]
     max_new_tokens: int = 0
+    max_length: int = MAX_LENGTH
 
     task_type = "CAUSAL_LM"
 
@@ -104,7 +106,7 @@ class Written(Downstream):
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         told = [{"question": m.meaning, "answer": text} if m.meaning else {"text": text} for m in self.train for text in m.references]
-        return unlearning_rows(told, tokenizer, template=TEMPLATE, max_length=2 * MAX_LENGTH)
+        return unlearning_rows(told, tokenizer, template=TEMPLATE, max_length=self.max_length)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return collated(rows)
@@ -155,6 +157,7 @@ class Classified(Downstream):
         train: what is trained on.
         tune: what knobs are chosen on.
         test: what is tested on.
+        max_length: tokens of a row.
     """
 
     name: str
@@ -162,6 +165,7 @@ class Classified(Downstream):
     train: list[Labelled]
     tune: list[Labelled]
     test: list[Labelled]
+    max_length: int = MAX_LENGTH
 
     task_type = "SEQ_CLS"
 
@@ -209,7 +213,7 @@ class Classified(Downstream):
         return Measured({name: every[name] for name in METRICS[self.name]}, [])
 
     def _row(self, tokenizer: PreTrainedTokenizerBase, one: Labelled) -> Row:
-        told: Any = tokenizer(*one.texts, truncation=True, max_length=MAX_LENGTH)
+        told: Any = tokenizer(*one.texts, truncation=True, max_length=self.max_length)
         return {name: list(told[name]) for name in ("input_ids", "token_type_ids") if name in told} | {"label": [one.label]}
 
 

@@ -24,7 +24,9 @@ from echelon.linalg.checks import number
 from echelon.models.loading import embedded_encoder_dir
 from echelon.registry import card, suggest
 
-DATA: dict[str, Any] = {"tasks": ["text"], "train": "passages", "test": "passages", "e2e": None, "glue": None, "units": 100, "tune_units": 50}
+DATA: dict[str, Any] = {
+    "tasks": ["text"], "train": "passages", "test": "passages", "e2e": None, "glue": None, "units": 100, "tune_units": 50, "max_length": 256,
+}  # fmt: skip
 BUDGET: dict[str, Any] = {
     "lora_rank": 4, "steps": 100, "tune_steps": None, "batch_size": 8, "warmup": 0.1, "head_lr": 1e-3, "max_new_tokens": 60, "target_modules": "all-linear",
 }  # fmt: skip
@@ -51,10 +53,10 @@ class Task:
     Recipe keys: ``data.tasks`` holds ``text`` and ``e2e``, for language models, or ``sst2``, ``rte``, ``mrpc`` and ``cola``, for encoders (``model:
     embedded`` is MiniLM then). ``data.train`` and ``data.test`` of ``text`` are ``passages`` (the two halves of the prose that ships) or files (.txt, .jsonl)
     and folders of them; ``data.e2e`` is a folder with the E2E challenge's ``devset.csv``, which is trained on, and ``testset_w_refs.csv``; ``data.glue`` a
-    folder with the other tasks' files. ``data.units`` are tested of each task, spread evenly (0: all), ``data.tune_units`` taken off the training for sweeps.
-    ``budget.lora_rank`` is that of the LoRA whose trained parameters every method may have; ``budget.tune_steps`` are those of a try, a third of
-    ``budget.steps`` by default. ``lr`` among a method's knobs, or in its sweep, is the optimizer's. Sizes and sweeps are kept for all runs of a process, so
-    that isolation ``worker`` solves and tries once.
+    folder with the other tasks' files. ``data.units`` are tested of each task, spread evenly (0: all), ``data.tune_units`` taken off the training for
+    sweeps; rows longer than ``data.max_length`` tokens are cut. ``budget.lora_rank`` is that of the LoRA whose trained parameters every method may have;
+    ``budget.tune_steps`` are those of a try, a third of ``budget.steps`` by default. ``lr`` among a method's knobs, or in its sweep, is the optimizer's.
+    Sizes and sweeps are kept for all runs of a process, so that isolation ``worker`` solves and tries once.
     """
 
     kind = ""  # there are two, and AdaLoRA; `check` builds the methods
@@ -79,7 +81,7 @@ class Task:
                 raise UserError(f"unknown task {task!r} in data.tasks{suggest(str(task), METRICS)}; they are {', '.join(METRICS)}")
         if len({task in TASKS for task in tasks}) > 1:
             raise UserError(f"data.tasks is {tasks}; text and e2e are for language models, the others for encoders: compare them in two recipes")
-        for name, least in (("units", 0), ("tune_units", 1)):
+        for name, least in (("units", 0), ("tune_units", 1), ("max_length", 8)):
             if not is_whole(data[name], least):
                 raise UserError(f"data.{name} is {data[name]!r}; it must be a whole number of at least {least}")
         for name in ("lora_rank", "steps", "batch_size", "max_new_tokens", *(["tune_steps"] if budget["tune_steps"] is not None else [])):
@@ -178,13 +180,15 @@ class Task:
         if name in TASKS:
             rows = [read_glue(data["glue"], name, part) for part in ("train", "tune", "test")]
             train, tune = _apart(rows[0], rows[1], rows[2], aside, name)
-            return Classified(name, model, evenly(train, budget["steps"] * budget["batch_size"]), tune, evenly(rows[2], data["units"] or len(rows[2])))
+            train, test = evenly(train, budget["steps"] * budget["batch_size"]), evenly(rows[2], data["units"] or len(rows[2]))
+            return Classified(name, model, train, tune, test, data["max_length"])
         if name == "e2e":
-            meanings, test = (read_e2e(Path(data["e2e"]) / file) for file in ("devset.csv", "testset_w_refs.csv"))
+            meanings, tested = (read_e2e(Path(data["e2e"]) / file) for file in ("devset.csv", "testset_w_refs.csv"))
         else:
-            meanings, test = ([Meaning("", (text,)) for text in documents(data[key], half)] for key, half in (("train", "calibration"), ("test", "test")))
-        told, tune = _apart(meanings, [], test, aside, name)
-        return Written(name, model, told, tune, evenly(test, data["units"] or len(test)), budget["max_new_tokens"] if name == "e2e" else 0)
+            meanings, tested = ([Meaning("", (text,)) for text in documents(data[key], half)] for key, half in (("train", "calibration"), ("test", "test")))
+        told, aimed = _apart(meanings, [], tested, aside, name)
+        shown = evenly(tested, data["units"] or len(tested))
+        return Written(name, model, told, aimed, shown, budget["max_new_tokens"] if name == "e2e" else 0, data["max_length"])
 
     def _files(self, data: dict[str, Any]) -> list[Path]:
         tasks, found = data["tasks"], []
