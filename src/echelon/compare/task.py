@@ -1,6 +1,7 @@
 """What a kind of method must say so that the runner can compare its members; one file a kind in ``tasks/``."""
 
 import importlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +86,22 @@ class Task(Protocol):
 
     def describe(self, context: Any) -> str:
         """The scale of the comparison, for the report's title."""
+
+
+def check_keys(legal: Mapping[str, Iterable[str]], recipe: Any) -> None:
+    """Refuse keys of a recipe's sections that its task does not know.
+
+    Args:
+        legal: the keys of each section, by the section's name.
+        recipe: whose sections are looked at.
+
+    Raises:
+        UserError: if there is such a key; the nearest legal one is named.
+    """
+    for where, keys in legal.items():
+        for key in getattr(recipe, where):
+            if key not in (known := list(keys)):
+                raise UserError(f"unknown key {key!r} under {where}{suggest(key, known)}; keys are {', '.join(known)}")
 
 
 def load_task(name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from echelon.compare.adapted import ADALORA, SIZES, Adapted, Batches, adapted, config_of, kind_of, sized, trained_parameters
 from echelon.compare.documents import PASSAGES, documents
 from echelon.compare.downstream import METRICS, Classified, Downstream, Row, Written
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.compare.tuning import evenly, is_whole, published, tries, tuned, tuning_notes
 from echelon.data.e2e import Meaning, read_e2e
 from echelon.data.glue import TASKS, read_glue
@@ -68,10 +68,7 @@ class Task:
     columns = ("trained_parameters", "adapter_kb", "tuning_seconds")
 
     def check(self, recipe: Any) -> None:
-        for where, told, legal in (("data", recipe.data, list(DATA)), ("budget", recipe.budget, list(BUDGET))):
-            for key in told:
-                if key not in legal:
-                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
+        check_keys({"data": DATA, "budget": BUDGET}, recipe)
         data, budget = {**DATA, **recipe.data}, {**BUDGET, **recipe.budget}
         tasks = data["tasks"]
         if not isinstance(tasks, list) or not tasks or len(set(map(str, tasks))) < len(tasks):

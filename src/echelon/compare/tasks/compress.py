@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from echelon.compare.documents import PASSAGES, losses
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.compress import Compressed, recover
 from echelon.data.files import read_texts
 from echelon.data.passages import passages
@@ -59,10 +59,7 @@ class Task:
     reference = DENSE
 
     def check(self, recipe: Any) -> None:
-        for where, told, legal in (("data", recipe.data, list(DATA)), ("budget", recipe.budget, list(BUDGET))):
-            for key in told:
-                if key not in legal:
-                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
+        check_keys({"data": DATA, "budget": BUDGET}, recipe)
         for share in shares(recipe):
             if not isinstance(share, float) or not 0 < share < 1:
                 raise UserError(f"budget.parameters holds {share!r}; it must be shares of the model's parameters, in (0, 1)")

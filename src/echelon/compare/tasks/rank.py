@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from echelon.compare.documents import PASSAGES
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.data.documents import CORPUS, QUERIES, Doc, read_corpus, read_queries
 from echelon.data.lines import file_in
 from echelon.data.passages import passages
@@ -141,10 +141,7 @@ class Task:
     columns = ("index_s",)
 
     def check(self, recipe: Any) -> None:
-        for where, told, legal in (("data", recipe.data, DATA), ("budget", recipe.budget, BUDGET)):
-            for key in told:
-                if key not in legal:
-                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
+        check_keys({"data": DATA, "budget": BUDGET}, recipe)
         for name, value in {"data.queries": recipe.data.get("queries"), **{f"budget.{key}": recipe.budget.get(key) for key in BUDGET}}.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.compare.documents import PASSAGES, documents, losses
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.compare.tuning import evenly, is_whole, published, tries, tuned, tuning_notes
 from echelon.errors import UserError
 from echelon.models import LoadedModel, load
@@ -89,10 +89,7 @@ class Task:
     columns = ("training_bytes", "formula_bytes", "optimizer_state_bytes", "stalled_seconds", "tuning_seconds")
 
     def check(self, recipe: Any) -> None:
-        for where, told, legal in (("data", recipe.data, list(DATA)), ("budget", recipe.budget, list(BUDGET))):
-            for key in told:
-                if key not in legal:
-                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
+        check_keys({"data": DATA, "budget": BUDGET}, recipe)
         for metric in recipe.metrics:
             if metric != "loss":
                 raise UserError(f"unknown metric {metric!r}; the metric is loss")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from echelon.compare.memorised import GENERAL, SHARES, Memorised, Memorising, memorised
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.compare.tuning import is_whole
 from echelon.data.question_answers import TEMPLATE, prompt_and_text
 from echelon.errors import UserError
@@ -69,10 +69,7 @@ class Task:
     folder = Path()
 
     def check(self, recipe: Any) -> None:
-        for where, told, legal in (("data", recipe.data, list(DATA)), ("budget", recipe.budget, list(BUDGET))):
-            for key in told:
-                if key not in legal:
-                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
+        check_keys({"data": DATA, "budget": BUDGET}, recipe)
         data, budget = {**DATA, **recipe.data}, {**BUDGET, **recipe.budget}
         percents = budget["forget"]
         if not isinstance(percents, list) or not percents or any(percent not in SHARES for percent in percents) or len(set(percents)) < len(percents):
