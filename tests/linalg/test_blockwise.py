@@ -27,6 +27,16 @@ def test_every_number_becomes_the_nearest_level_of_its_block(signed, size):
         assert dequantize(codes, scale, signed)[place].item() == pytest.approx(nearest, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_numbers_beside_every_midpoint_between_levels_fall_on_their_own_side(signed):
+    table = levels(signed)
+    middle = (table[1:] + table[:-1]) / 2
+    unit = torch.cat([middle, *(middle.nextafter(torch.tensor(side)) for side in (-2.0, 2.0)), table, torch.tensor([-0.0, 1e-40])])
+    values = torch.nn.functional.pad(unit.view(-1, 1), (0, BLOCK - 1), value=1.0)  # blocks whose scale is 1
+    codes, _ = quantize(values, signed)
+    assert torch.equal(codes[:, 0].long(), torch.searchsorted(middle, unit))
+
+
 def test_zeros_and_the_largest_of_a_block_are_exact():
     values = torch.zeros(3, 200)
     values[1, 5], values[2, 150] = -3.5, 7.25

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import echelon
+from echelon.compare.task import load_task
+from echelon.models import embedded_dir
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "scipy", "scikit-learn", "sentence-transformers")
 PIECE = 1 << 20
@@ -36,6 +38,21 @@ def code_version() -> str:
     """Version, and hash of the package's own source: an edited method is another method."""
     root = Path(echelon.__file__).parent
     return f"{echelon.__version__}+{fingerprint(sorted(root.rglob('*.py')))[:12]}"
+
+
+def identities(recipe: Any) -> dict[str, str]:
+    """Fingerprints of the model, where it is on this machine, and of the data."""
+    folder = embedded_dir() if recipe.model == "embedded" else Path(recipe.model)
+    model = {"model": fingerprint([folder])} if folder.is_dir() else {}
+    return model | {"data": fingerprint(load_task(recipe.task).sources(recipe))}
+
+
+def foundations(recipe: Any) -> dict[str, Any]:
+    """All that the result of every run depends on, whichever its method and seed."""
+    return {
+        "task": recipe.task, "model": recipe.model, "data": recipe.data, "budget": recipe.budget, "metrics": recipe.metrics,
+        "code": code_version(), "files": identities(recipe),
+    }  # fmt: skip
 
 
 @functools.cache

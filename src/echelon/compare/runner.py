@@ -18,13 +18,11 @@ from typing import Any
 
 import psutil
 
-from echelon.compare.identity import code_version, fingerprint, machine
+from echelon.compare.identity import foundations, identities, machine
 from echelon.compare.recipe import MethodEntry, Recipe
 from echelon.compare.results import SCHEMA, write_results
-from echelon.compare.task import load_task
 from echelon.compare.worker import Bench
 from echelon.data.files import append_line, locked, read_text, write_whole
-from echelon.models import embedded_dir
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -40,24 +38,13 @@ class Run:
 
 def plan(recipe: Recipe) -> list[Run]:
     """All runs: seeds outermost, methods shuffled within a seed, so that a machine's drift does not fall on one method."""
-    depends = {
-        "task": recipe.task, "model": recipe.model, "data": recipe.data, "budget": recipe.budget, "metrics": recipe.metrics,
-        "code": code_version(), "files": identities(recipe),
-    }  # fmt: skip
-    runs = []
+    depends, runs = foundations(recipe), []
     for seed in recipe.seeds:
         for entry in random.Random(seed).sample(recipe.methods, len(recipe.methods)):
             chosen = {"sweep": entry.sweep} if entry.sweep else {}
             said = json.dumps({**depends, "method": entry.name, "knobs": entry.knobs, **chosen, "seed": seed}, sort_keys=True)
             runs.append(Run(hashlib.sha256(said.encode()).hexdigest()[:16], entry, seed))
     return runs
-
-
-def identities(recipe: Recipe) -> dict[str, str]:
-    """Fingerprints of the model, where it is on this machine, and of the data."""
-    folder = embedded_dir() if recipe.model == "embedded" else Path(recipe.model)
-    model = {"model": fingerprint([folder])} if folder.is_dir() else {}
-    return model | {"data": fingerprint(load_task(recipe.task).sources(recipe))}
 
 
 def compare(recipe: Recipe, out: str | Path, on_progress: Progress | None = None) -> list[dict[str, Any]]:

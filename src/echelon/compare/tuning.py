@@ -1,11 +1,16 @@
 """Choosing knobs from a sweep, before what is tested is looked at, and saying what was tried."""
 
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from echelon.compare.identity import foundations
+from echelon.data.files import read_text, write_whole
 from echelon.errors import UserError
 from echelon.registry import Card
 
@@ -13,6 +18,30 @@ from echelon.registry import Card
 def tries(entry: Any) -> list[dict[str, Any]]:
     """The knobs of every setting of an entry's sweep; one without a sweep."""
     return [{**entry.knobs, **dict(zip(entry.sweep, values, strict=True))} for values in itertools.product(*entry.sweep.values())]
+
+
+class Sweeps:
+    """What sweeps chose, for all runs of a comparison: a sweep is made once for all seeds, and kept.
+
+    Args:
+        folder: where they are kept.
+        recipe: what the results depend on; where any of it changes, sweeps are made again.
+    """
+
+    def __init__(self, folder: Path, recipe: Any):
+        self.folder = folder / "sweeps" / _digest(foundations(recipe))
+
+    def tuned(self, entry: Any, loss_of: Callable[[dict[str, Any]], float], on: str = "", **each: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the function `tuned`; ``on`` is what else tells this sweep from others of the entry."""
+        kept = self.folder / f"{_digest([on, entry.name, entry.knobs, entry.sweep])}.json"
+        if not kept.is_file():
+            write_whole(kept, json.dumps(tuned(entry, loss_of, **each), indent=2) + "\n")
+        knobs, tuning = json.loads(read_text(kept))
+        return knobs, tuning
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tuned(entry: Any, loss_of: Callable[[dict[str, Any]], float], **each: int) -> tuple[dict[str, Any], dict[str, Any]]:

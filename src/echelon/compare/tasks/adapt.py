@@ -16,7 +16,7 @@ from echelon.compare.adapted import ADALORA, SIZES, Adapted, Batches, adapted, c
 from echelon.compare.documents import PASSAGES, documents
 from echelon.compare.downstream import METRICS, Classified, Downstream, Row, Written
 from echelon.compare.task import Outcome, Quality, check_keys
-from echelon.compare.tuning import evenly, is_whole, published, tries, tuned, tuning_notes
+from echelon.compare.tuning import Sweeps, evenly, is_whole, published, tries, tuning_notes
 from echelon.data.e2e import Meaning, read_e2e
 from echelon.data.glue import TASKS, read_glue
 from echelon.errors import UserError
@@ -36,15 +36,15 @@ _TOLERANCE = 0.005  # of the budget, within which nothing is said
 
 @dataclass
 class Context:
-    """Work shared by all runs; ``sizes`` and ``tuning`` fill as methods come."""
+    """Work shared by all runs; ``sizes`` fills as methods come."""
 
     tasks: list[Downstream]
     rows: dict[str, list[Row]]
     budget: dict[str, Any]
     allowed: int
     metrics: list[str]
+    sweeps: Sweeps
     sizes: dict[str, tuple[dict[str, int], int]] = field(default_factory=dict)
-    tuning: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
 
 class Task:
@@ -65,6 +65,7 @@ class Task:
     primary = ""
     reference = ""
     sweeps = True
+    folder = Path()
     columns = ("trained_parameters", "adapter_kb", "tuning_seconds")
 
     def check(self, recipe: Any) -> None:
@@ -131,7 +132,7 @@ class Task:
         tasks = [self._task(name, recipe.model, data, budget, sweeps) for name in data["tasks"]]
         first = tasks[0].fresh(0)
         allowed = trained_parameters(first.model, "lora", {"r": budget["lora_rank"]}, budget["target_modules"], tasks[0].task_type)
-        return Context(tasks, {task.name: task.rows(first.tokenizer) for task in tasks}, budget, allowed, recipe.metrics)
+        return Context(tasks, {task.name: task.rows(first.tokenizer) for task in tasks}, budget, allowed, recipe.metrics, Sweeps(self.folder, recipe))
 
     def run(self, context: Context, entry: Any, seed: int) -> Outcome:
         knobs, used = self._sized(context, entry)
@@ -217,15 +218,12 @@ class Task:
 
     def _tuned(self, context: Context, task: Downstream, entry: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """A method's knobs on a task, and how they were chosen: on the first order of batches, whatever the seed of the run."""
-        key = json.dumps([task.name, entry.name, entry.knobs, entry.sweep], sort_keys=True)
-        if key not in context.tuning:
-            size, _ = self._sized(context, entry)
+        size, _ = self._sized(context, entry)
 
-            def loss_of(knobs: dict[str, Any]) -> float:
-                return task.tuning_loss(self._train(context, task, entry.name, {**size, **knobs}, context.budget["tune_steps"], 0)[0].loaded)
+        def loss_of(knobs: dict[str, Any]) -> float:
+            return task.tuning_loss(self._train(context, task, entry.name, {**size, **knobs}, context.budget["tune_steps"], 0)[0].loaded)
 
-            context.tuning[key] = tuned(entry, loss_of, steps=context.budget["tune_steps"])
-        return context.tuning[key]
+        return context.sweeps.tuned(entry, loss_of, task.name, steps=context.budget["tune_steps"])
 
     def _train(self, context: Context, task: Downstream, name: str, knobs: dict[str, Any], steps: int, seed: int) -> tuple[Adapted, str]:
         budget, own = context.budget, {knob: value for knob, value in knobs.items() if knob != "lr"}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from echelon.compare.documents import PASSAGES, documents, losses
 from echelon.compare.task import Outcome, Quality, check_keys
-from echelon.compare.tuning import evenly, is_whole, published, tries, tuned, tuning_notes
+from echelon.compare.tuning import Sweeps, evenly, is_whole, published, tries, tuning_notes
 from echelon.errors import UserError
 from echelon.models import LoadedModel, load
 from echelon.registry import build, card, cards, suggest
@@ -51,6 +51,7 @@ class Context:
     tokens: int
     tune_tokens: int
     state_share: float | None
+    sweeps: Sweeps
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def fresh(self, seed: int) -> PreTrainedModel:
@@ -86,6 +87,7 @@ class Task:
     primary = "loss"
     reference = ""
     sweeps = True
+    folder = Path()
     columns = ("training_bytes", "formula_bytes", "optimizer_state_bytes", "stalled_seconds", "tuning_seconds")
 
     def check(self, recipe: Any) -> None:
@@ -160,8 +162,8 @@ class Task:
         if data["documents"]:
             test = evenly(test, data["documents"])
         wanted = CHARACTERS * budget["tokens"] * len(train) // sum(map(len, train)) + 1
-        sizes = budget["tokens"], budget["tune_tokens"], budget["optimizer_state"]
-        return Context(config, loaded.tokenizer, evenly(train, wanted), evenly(tune, 200), test, *sizes, training)
+        sizes = budget["tokens"], budget["tune_tokens"], budget["optimizer_state"], Sweeps(self.folder, recipe)
+        return Context(config, loaded.tokenizer, evenly(train, wanted), evenly(tune, 60), test, *sizes, training)
 
     def run(self, context: Context, entry: Any, seed: int) -> Outcome:
         size: dict[str, int] = {}
@@ -170,7 +172,7 @@ class Task:
             size, used = sized(context, entry)
             told = [f"optimizer state {100 * used:.1f} % of AdamW's, {100 * context.state_share:g} % allowed" + "".join(f"; {k} {v}" for k, v in size.items())]
         entry = dataclasses.replace(entry, knobs=entry.knobs | size)
-        knobs, tuning = self._tuned(context, entry, seed)
+        knobs, tuning = self._tuned(context, entry)
         method = built(entry.name, {"seed": seed} | knobs)
         trained = train(context, method, context.tokens, seed)
         per_document, loss = losses(trained.loaded, context.test)
@@ -195,14 +197,16 @@ class Task:
             notes=told + notes(entry.name, tuning),
         )  # fmt: skip
 
-    def _tuned(self, context: Context, entry: Any, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """An entry's knobs with those of the sweep that reach the least loss on the tuning documents, and what was tried for that."""
+    def _tuned(self, context: Context, entry: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """An entry's knobs with those of the sweep that reach the least loss on the tuning documents, and what was tried for that: from the first weights and
+        order of batches, whatever the seed of the run.
+        """
 
         def loss_of(knobs: dict[str, Any]) -> float:
-            trained = train(context, built(entry.name, {"seed": seed} | knobs), context.tune_tokens, seed)
+            trained = train(context, built(entry.name, {"seed": 0} | knobs), context.tune_tokens, 0)
             return losses(trained.loaded, context.tune)[1]
 
-        return tuned(entry, loss_of, tokens=context.tune_tokens)
+        return context.sweeps.tuned(entry, loss_of, tokens=context.tune_tokens)
 
     def timing(self, context: Context, entry: Any) -> float:
         """Median seconds of a step over five of them; the sweep does not change it."""
