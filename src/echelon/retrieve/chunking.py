@@ -6,7 +6,7 @@ Source: "Vietnamese Legal Information Retrieval in Question-Answering System", a
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from echelon.data.documents import Doc
 from echelon.errors import UserError
+from echelon.retrieve.base import Index
 
 HEADING_WORDS = 24  # of a unit's first line; a clause may be one long line
 JOIN = " > "
@@ -130,7 +131,7 @@ class Chunker:
         for number, (start, end, headings) in enumerate(spans):
             path, prefix = pieces.path(start, headings)
             body = doc.text[start:end]
-            made.append(Chunk(f"{doc.id}#{number}", doc.id, start, end, body, path, prefix + body.strip()))
+            made.append(Chunk(chunk_id(doc.id, number), doc.id, start, end, body, path, prefix + body.strip()))
         return made
 
     def documents(self, corpus: Iterable[Doc]) -> Iterator[Doc]:
@@ -149,6 +150,21 @@ class Chunker:
         if hasattr(self.tokenizer, "lengths"):
             return self.tokenizer.lengths(texts, "document")
         return [len(row) for row in self.tokenizer(list(texts), truncation=False, verbose=False).input_ids] if texts else []
+
+
+def chunk_id(parent: str, number: int) -> str:
+    return f"{parent}#{number}"
+
+
+def stored_chunks(index: Index, first: Mapping[str, int]) -> list[str]:
+    """Ids of the chunks that an index has of documents, from a number on that is given for each."""
+    found, left = list[str](), dict(first)
+    while left:
+        there = index.existing(chunk_id(parent, number) for parent, number in left.items())
+        left = {parent: number for parent, number in left.items() if chunk_id(parent, number) in there}
+        found += [chunk_id(parent, number) for parent, number in left.items()]
+        left = {parent: number + 1 for parent, number in left.items()}
+    return found
 
 
 def rejoin(chunks: Iterable[Chunk]) -> str:
