@@ -43,7 +43,7 @@ def examples(config: dict[str, Any], texts: list[tuple[str, list[str]]]) -> list
     queries: dict[str, str] = {}
     rest: dict[str, str] = {}
     for place in chance.sample(range(len(texts)), min(config["queries"], len(texts))):
-        title, sentences = texts[place]
+        _, sentences = texts[place]
         taken = chance.randrange(len(sentences))
         words = sentences[taken].rstrip(".").split()
         kept = [word for word in words if chance.random() >= config["dropped_words"]][:24]
@@ -112,7 +112,8 @@ def main() -> None:
     for step in range(steps):
         batch = rows[step * size : (step + 1) * size]
         pairs = [(query, text) for query, texts, _ in batch for text in texts]
-        told = tokenizer([q for q, _ in pairs], [t for _, t in pairs], truncation="only_second", max_length=config["max_length"], padding=True, return_tensors="pt")
+        cut = {"truncation": "only_second", "max_length": config["max_length"], "padding": True, "return_tensors": "pt"}
+        told = tokenizer([query for query, _ in pairs], [text for _, text in pairs], **cut)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores = model(**told).logits
         scores = scores.float().view(len(batch), -1)

@@ -194,7 +194,7 @@ def test_the_manifest_says_what_the_index_is(tmp_path):
         assert index.search(["house burn"])[0].ids == ("a",) and index.search(["the are"])[0].ids == ()
     told = json.loads((tmp_path / "index" / "index.json").read_text())
     assert told == {"format": 1, "backend": "disk", "tokens": {"stopwords": "english", "stemmer": "english"}, "documents": 1, "progress": None,
-                    "space": {"dim": 16, "similarity": "dot", "fingerprint": "f"}, "encoder": {"model": "m"}}  # fmt: skip
+                    "recall": "exact", "space": {"dim": 16, "similarity": "dot", "fingerprint": "f"}, "encoder": {"model": "m"}}  # fmt: skip
     again = DiskIndex.load(tmp_path / "index")
     assert (again.tokens, again.space, again.encoder) == (Tokens("english", "english"), Space(16, "dot", "f"), {"model": "m"})
     for options, said in ((dict(tokens=Tokens()), "was made with Tokens.*english.*not with"), (dict(space=Space(16, "dot", "g")), "its fingerprint is 'f'"),

@@ -8,7 +8,7 @@ import pytest
 
 from echelon.data.documents import Doc
 from echelon.errors import UserError
-from echelon.retrieve import LanceIndex, Space, Tokens, open_index
+from echelon.retrieve import DiskIndex, LanceIndex, Space, Tokens, lance, make_index, open_index
 from small_index import QUERIES, Store, documents, naming
 
 
@@ -117,3 +117,50 @@ def test_now_and_then_small_files_are_joined(tmp_path, monkeypatch):
             index.commit()
         assert index._table.stats()["fragment_stats"]["num_fragments"] <= 2
         assert len(index) == 16 and index.search(np.ones((1, 2), dtype=np.float32), 3)[0].ids == ("d0", "d1", "d10")
+
+
+@pytest.mark.parametrize(("recall", "least"), [("balanced", 0.95), ("fast", 0.8)])
+def test_partitions_find_most_of_what_is_near_also_behind_a_filter_and_as_they_grow(tmp_path, monkeypatch, recall, least):
+    monkeypatch.setattr(lance, "CELLS_FROM", 500)
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(40, 16))
+    rows = [(centres[draw.integers(0, 40, n)] + 0.4 * draw.normal(size=(n, 16))).astype(np.float32) for n in (2000, 20)]
+    docs = [Doc(f"d{n:04}", "x", meta={"year": n % 20}) for n in range(2000)]
+    exact, index = (LanceIndex(tmp_path / name, Space(16), recall=name) for name in ("exact", recall))
+    for one in (exact, index):
+        for start in range(0, 2000, 400):
+            one.add(docs[start : start + 400], rows[0][start : start + 400])
+            one.commit()
+    assert index._cells() == (28, 800) and exact._cells() == (0, 0)  # made at 800 documents, made anew at 3200
+    for one in (exact, index):
+        one.delete(["d0000"])
+        one.add([Doc("new", "x", meta={"year": 1})], rows[1][:1])
+        one.commit()
+    assert index.search(rows[1][:1], 1)[0].ids == ("new",)
+    for wanted in (None, "year = 7"):
+        near, found = exact.search(rows[1], 10, wanted), index.search(rows[1], 10, wanted)
+        assert all(len(hits) == 10 for hits in found)
+        assert np.mean([len(set(a.ids) & set(b.ids)) / 10 for a, b in zip(near, found, strict=True)]) >= least
+        known = [dict(zip(hits.ids, hits.scores, strict=True)) for hits in near]
+        assert all(abs(known[n].get(name, score) - score) < 1e-5 for n, hits in enumerate(found) for name, score in zip(hits.ids, hits.scores, strict=True))
+    monkeypatch.setattr(lance, "GROWN", 2)
+    index.add([Doc(f"e{n}", "x") for n in range(20)], rows[1])
+    index.commit()
+    assert index._cells() == (44, 2020) and sum(i.name.startswith("vector") for i in index._table.list_indices()) == 1
+    index.close()
+    again = LanceIndex.load(tmp_path / recall)
+    assert again.recall == recall and "exact" not in again.capabilities and "exact" in exact.capabilities
+    assert len(again.search(rows[1], 10)[3]) == 10
+
+
+def test_recall_is_one_of_three_and_for_vectors(tmp_path):
+    with pytest.raises(UserError, match="recall is 'all'; it must be one of exact, balanced, fast"):
+        LanceIndex(tmp_path / "i", Space(16), recall="all")
+    with pytest.raises(UserError, match="recall is 'fast'; that is for vectors in LanceDB"):
+        make_index(tmp_path / "i", recall="fast")
+    index = DiskIndex(tmp_path / "disk", Space(16), recall="fast")
+    index.add([Doc("a", "x")], np.ones((1, 16)))
+    index.commit()
+    index.close()
+    with open_index(tmp_path / "disk") as found:
+        assert found._table.recall == "fast" and "exact" not in found.capabilities

@@ -33,6 +33,7 @@ class Options:
         engine: encode `inline`, batch by batch, or all beforehand by a `pool` of processes or on a `ray` cluster.
         vectors: folder where pool and ray put the vectors, and leave them; by default one beside the index, which goes in the end.
         backend: what holds the index: disk (LanceDB and tantivy), lance, tantivy or qdrant; by default what fits the address.
+        recall: of search by vectors: `exact`, or from 10,000 documents on `balanced` or `fast`, which look at an eighth or a thirty-second of them.
         stopwords: none, or english to leave out the 33 most frequent words.
         stemmer: none, or the language whose endings are cut off words.
         json: print the counts as JSON.
@@ -50,6 +51,7 @@ class Options:
     engine: str = "inline"
     vectors: str | None = None
     backend: str | None = None
+    recall: str = "exact"
     stopwords: str | None = None
     stemmer: str | None = None
     json: bool = False
@@ -113,7 +115,7 @@ def _put(options: Options, action: str) -> dict[str, int]:
         encoder = resolve_encoder(options.encoder)
     given = {name: value for name in ("stopwords", "stemmer") if (value := getattr(options, name)) is not None}
     if action == "corpus":
-        index = make_index(str(options.out), backend=options.backend, encoder=encoder, tokens=Tokens(**given) if given else None)
+        index = make_index(str(options.out), backend=options.backend, encoder=encoder, tokens=Tokens(**given) if given else None, recall=options.recall)  # type: ignore[arg-type]
     else:
         index = _opened(str(options.out))
         for name in given:

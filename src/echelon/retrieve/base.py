@@ -4,7 +4,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from echelon.retrieve.stored import check_storable
 
 Capability = Literal["incremental_add", "delete", "filter", "persistent", "exact", "returns_vectors", "concurrent_readers", "distributed"]
 Similarity = Literal["cosine", "dot"]
+Recall = Literal["exact", "balanced", "fast"]
 Content = Literal["texts", "vectors"]
 Vectors = Float[np.ndarray, "n dim"]
 LONGEST = 1e18  # of a vector: its square, and so every product of two, fits in single precision
@@ -155,7 +156,7 @@ class Index(ABC):
         place: where it lies, for messages.
     """
 
-    capabilities: ClassVar[frozenset[Capability]]
+    capabilities: frozenset[Capability]
     searches: frozenset[Content]
     space: Space | None
     encoder: Any = None

@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from echelon.data.documents import Doc
 from echelon.data.files import write_whole
 from echelon.errors import UserError
-from echelon.retrieve.base import Capability, Hits, Index, Space, Vectors
+from echelon.retrieve.base import Hits, Index, Recall, Space, Vectors
 from echelon.retrieve.filters import Filter
-from echelon.retrieve.lance import LanceIndex
+from echelon.retrieve.lance import LanceIndex, capable
 from echelon.retrieve.stored import MANIFEST, WriterLock, manifest
 from echelon.retrieve.tantivy import TantivyIndex
 from echelon.retrieve.tokens import Tokens
@@ -35,13 +35,12 @@ class DiskIndex(Index):
         space: of the vectors, for a new index that shall have some; for one that is there it must fit.
         tokens: from texts to words, for a new index.
         encoder: settings of the encoder, kept for those who open it.
+        recall: how much of what is near a vector search must find, for a new index; see :class:`~echelon.retrieve.LanceIndex`.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {"incremental_add", "delete", "filter", "persistent", "exact", "returns_vectors", "concurrent_readers"}
-    )
-
-    def __init__(self, folder: str | Path, space: Space | None = None, tokens: Tokens | None = None, *, encoder: Any = None):
+    def __init__(
+        self, folder: str | Path, space: Space | None = None, tokens: Tokens | None = None, *, encoder: Any = None, recall: Recall = "exact"
+    ):  # fmt: skip
         super().__init__()
         self._folder, self.place = Path(folder), str(folder)
         told = manifest(folder, "disk")
@@ -49,8 +48,9 @@ class DiskIndex(Index):
             if self._folder.exists() and (not self._folder.is_dir() or any(file.name != "writer.lock" for file in self._folder.iterdir())):
                 raise UserError(f"{folder} is there and is no index; give a new folder")
             told = {"format": 1, "backend": "disk", "tokens": (tokens or Tokens()).as_json(), "space": asdict(space) if space else None}
-            told |= {"encoder": encoder, "documents": 0, "progress": None}
-        self._told = told
+            told |= {"encoder": encoder, "recall": recall, "documents": 0, "progress": None}
+        self._told, self._recall = told, told.get("recall", "exact")
+        self.capabilities = capable(self._recall)
         self.space = Space(**told["space"]) if told["space"] else None
         self.tokens, self.encoder = Tokens(**told["tokens"]), told["encoder"]
         if space is not None:
@@ -108,7 +108,7 @@ class DiskIndex(Index):
     @property
     def _table(self) -> LanceIndex:
         if self._lazy_table is None:  # LanceDB takes a second to import, and BM25 does without it
-            self._lazy_table = LanceIndex(self._folder / "documents", self.space)
+            self._lazy_table = LanceIndex(self._folder / "documents", self.space, recall=self._recall)
         return self._lazy_table
 
     def _open_for_writing(self) -> None:

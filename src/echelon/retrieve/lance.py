@@ -3,17 +3,19 @@
 import contextlib
 import datetime
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 
 from echelon.data.documents import Doc
 from echelon.errors import UserError
-from echelon.retrieve.base import NOTHING, Capability, Content, Hits, Index, Space, Vectors, ranked_with_ties
+from echelon.retrieve.base import NOTHING, Capability, Content, Hits, Index, Recall, Space, Vectors, ranked_with_ties
 from echelon.retrieve.filters import Filter, as_sql
 from echelon.retrieve.stored import WriterLock, meta_to_json
 from echelon.retrieve.tokens import Tokens, needed
@@ -23,13 +25,32 @@ SMALL = 20_000  # rows up to which word weights are brought up to date by every 
 STALE = 0.05  # share of rows that are new since, up to which they are left as they are in larger tables
 TIDY = 64  # commits between two clean-ups
 KEPT = datetime.timedelta(minutes=10)  # how long versions stay that somebody may still be reading
+PROBED: dict[Recall, int] = {"balanced": 8, "fast": 32}  # one of so many partitions is searched
+CELLS = "vector_idx_"
+CELLS_FROM = 10_000  # rows from which on vectors are put into partitions
+GROWN = 4  # times as many rows as partitions were made for, and they are made anew
+
+
+def capable(recall: Recall) -> frozenset[Capability]:
+    """What an index that finds so much of what is near can do.
+
+    Raises:
+        UserError: if there is no such recall.
+    """
+    if recall not in get_args(Recall):
+        raise UserError(f"recall is {recall!r}; it must be one of {', '.join(get_args(Recall))}")
+    always: frozenset[Capability] = frozenset({"incremental_add", "delete", "filter", "persistent", "returns_vectors", "concurrent_readers"})
+    return always | {"exact"} if recall == "exact" else always
 
 
 class LanceIndex(Index):
     """A LanceDB table with the documents' text and meta, their vectors where a ``space`` is given, and their words where ``tokens`` are.
 
-    Search by vectors is exact and reads from disk what it needs. Search by texts is BM25 with k1 = 1.2 and b = 0.75, which Lance fixes; in tables of more than
-    20,000 documents the newest, up to one in twenty, are weighed by what was there before them. A commit is atomic, but one that both deletes and puts is two.
+    Search by vectors is exact and reads from disk what it needs; or, with another ``recall`` and from 10,000 documents on, reads only some of the partitions
+    in which like vectors lie: one in eight (`balanced`) or in thirty-two (`fast`), more where a filter leaves too few.
+
+    Search by texts is BM25 with k1 = 1.2 and b = 0.75, which Lance fixes; in tables of more than 20,000 documents the newest, up to one in twenty, are weighed
+    by what was there before them. A commit is atomic, but one that both deletes and puts is two.
 
     On disk a lock keeps other writers away. Object storage has no locks: a commit is refused if the table has changed since this writer opened it, which two
     commits at the same moment can slip by; have one writer at a time.
@@ -39,16 +60,15 @@ class LanceIndex(Index):
         space: of the vectors, for a new index; for one that is there it must fit.
         tokens: from texts to words, for a new index; None for one without search by texts.
         encoder: settings of the encoder, kept for those who open it.
+        recall: how much of what is near a vector search must find, for a new index.
+        index_params: what LanceDB's ``IvfFlat`` is told in place of its defaults, such as ``num_partitions``.
         storage_options: keys, endpoint and region of the storage, as LanceDB calls them; by default the environment tells them.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {"incremental_add", "delete", "filter", "persistent", "exact", "returns_vectors", "concurrent_readers", "distributed"}
-    )
-
     def __init__(
-        self, uri: str | Path, space: Space | None = None, tokens: Tokens | None = None, *, encoder: Any = None, storage_options: dict[str, str] | None = None
-    ):
+        self, uri: str | Path, space: Space | None = None, tokens: Tokens | None = None, *, encoder: Any = None, recall: Recall = "exact",
+        index_params: dict[str, Any] | None = None, storage_options: dict[str, str] | None = None,
+    ):  # fmt: skip
         super().__init__()
         lancedb = needed("lancedb")
         self.place = str(uri)
@@ -56,7 +76,7 @@ class LanceIndex(Index):
         self._opened: Any = None
         self._version: int | None = None  # of the table, as this writer left it
         self._commits = 0
-        self._take(space, tokens, encoder)
+        self._take(space, tokens, encoder, recall, index_params or {})
         with self._told("open"):
             self._database = lancedb.connect(self.place, storage_options=storage_options, read_consistency_interval=datetime.timedelta(0))
             self._adopt()
@@ -72,10 +92,11 @@ class LanceIndex(Index):
             inner = re.findall(r'message: "([^"]+)"', str(error))
             raise UserError(f"cannot {what} {self.place}: {inner[-1] if inner else ' '.join(str(error).split())[:300]}") from error
 
-    def _take(self, space: Space | None, tokens: Tokens | None, encoder: Any) -> None:
+    def _take(self, space: Space | None, tokens: Tokens | None, encoder: Any, recall: Recall, index_params: dict[str, Any]) -> None:
         held: set[Content] = {"vectors"} if space else set()
         self.searches = frozenset(held | {"texts"} if tokens else held)
-        self.space, self.tokens, self.encoder = space, tokens, encoder
+        self.space, self.tokens, self.encoder, self.recall, self.index_params = space, tokens, encoder, recall, index_params
+        self.capabilities = capable(recall) | {"distributed"}
 
     def _adopt(self) -> None:
         """Open the table, once there is one, and take its settings, which must fit those that were asked for."""
@@ -95,7 +116,7 @@ class LanceIndex(Index):
             stored.require(self.space, self.place)
         if self.tokens is not None and told["tokens"] != self.tokens.as_json():
             raise UserError(f"{self.place} was made with {told['tokens']}, not with {self.tokens.as_json()}")
-        self._take(stored, Tokens(**told["tokens"]) if told["tokens"] else None, told["encoder"])
+        self._take(stored, Tokens(**told["tokens"]) if told["tokens"] else None, told["encoder"], told.get("recall", "exact"), told.get("index_params", {}))
         self._opened = table
 
     @property
@@ -147,7 +168,7 @@ class LanceIndex(Index):
         if self.space is not None:
             fields.append(arrow.field("vector", arrow.list_(arrow.float32(), self.space.dim)))
         space, tokens = asdict(self.space) if self.space else None, self.tokens.as_json() if self.tokens else None
-        told = {"format": 1, "space": space, "tokens": tokens, "encoder": self.encoder}
+        told = {"format": 1, "space": space, "tokens": tokens, "encoder": self.encoder, "recall": self.recall, "index_params": self.index_params}
         return arrow.schema(fields, metadata={"echelon": json.dumps(told)})
 
     def _rows(self, docs: list[Doc], vectors: Vectors | None) -> Any:
@@ -183,19 +204,28 @@ class LanceIndex(Index):
             self._table.add(self._rows(docs, vectors))
 
     def _tidy(self) -> None:
-        """Index new words once they are many, and now and then drop old versions and join small files."""
+        """Index new words and vectors once they are many, and now and then drop old versions and join small files."""
         self._commits += 1
-        count = len(self)
-        if self.tokens is not None and count:
-            names = [index.name for index in self._table.list_indices()]
-            if "words_idx" not in names:
-                plain = {"stem": False, "remove_stop_words": False, "ascii_folding": False, "lower_case": False, "max_token_length": None}
-                config = needed("lancedb.index").FTS(base_tokenizer="whitespace", with_position=False, **plain)
-                self._table.create_index("words", config=config, name="words_idx")
-            elif (new := self._table.index_stats("words_idx").num_unindexed_rows) and (count < SMALL or new > STALE * count):
-                self._table.optimize(cleanup_older_than=KEPT)
-        if self._commits % TIDY == 0:
-            self._table.optimize(cleanup_older_than=KEPT)
+        table, count, held = self._table, len(self), [index.name for index in self._table.list_indices()]
+        behind = max((table.index_stats(name).num_unindexed_rows for name in held if name != "id_idx"), default=0)
+        if self.tokens is not None and count and "words_idx" not in held:
+            plain = {"stem": False, "remove_stop_words": False, "ascii_folding": False, "lower_case": False, "max_token_length": None}
+            config = needed("lancedb.index").FTS(base_tokenizer="whitespace", with_position=False, **plain)
+            table.create_index("words", config=config, name="words_idx")
+        if self.space is not None and self.recall != "exact" and count >= max(CELLS_FROM, GROWN * self._cells(held)[1]):
+            config = needed("lancedb.index").IvfFlat(**{"distance_type": self.space.similarity, "num_partitions": math.isqrt(count), **self.index_params})
+            table.create_index("vector", config=config, name=f"{CELLS}{config.num_partitions}_{count}")
+            for name in held:
+                if name.startswith(CELLS):
+                    table.drop_index(name)
+        if self._commits % TIDY == 0 or (behind and (count < SMALL or behind > STALE * count)):
+            table.optimize(cleanup_older_than=KEPT)
+
+    def _cells(self, held: Sequence[str] | None = None) -> tuple[int, int]:
+        """Partitions of the vectors, and the documents that there were when they were made; zeros where there are none."""
+        names = [index.name for index in self._table.list_indices()] if held is None else held
+        made = [name.removeprefix(CELLS).split("_") for name in names if name.startswith(CELLS)]
+        return max(((int(partitions), int(count)) for partitions, count in made), key=itemgetter(1), default=(0, 0))
 
     def _existing(self, ids: list[str]) -> set[str]:
         return set(self._read(ids, ["id"], lambda row: None))
@@ -219,9 +249,10 @@ class LanceIndex(Index):
         return [self._best(" ".join(words), "_score", k, filter) if (words := self.tokens(query)) else NOTHING for query in queries]
 
     def _search_vectors(self, queries: Vectors, k: int, filter: Filter | None) -> list[Hits]:
-        return [self._best(query, "_distance", k, filter) for query in queries]
+        cells = self._cells()[0] if self.recall != "exact" and self._table is not None else 0
+        return [self._best(query, "_distance", k, filter, cells) for query in queries]
 
-    def _best(self, query: Any, column: str, k: int, filter: Filter | None) -> Hits:
+    def _best(self, query: Any, column: str, k: int, filter: Filter | None, cells: int = 0) -> Hits:
         if self._table is None:
             return NOTHING
 
@@ -229,7 +260,8 @@ class LanceIndex(Index):
             if column == "_score":
                 asked = self._table.search(query, query_type="fts", fts_columns="words")
             else:
-                asked = self._table.search(query, vector_column_name="vector").distance_type(self.space.similarity).bypass_vector_index()  # type: ignore[union-attr]
+                asked = self._table.search(query, vector_column_name="vector").distance_type(self.space.similarity)  # type: ignore[union-attr]
+                asked = asked.minimum_nprobes(-(-cells // PROBED[self.recall])).maximum_nprobes(cells) if cells else asked.bypass_vector_index()
             asked = asked.limit(limit).select(["id", column])
             rows = (asked.where(as_sql(filter, "meta"), prefilter=True) if filter is not None else asked).to_arrow()
             values = rows[column].to_pylist()  # the distance is 1 - similarity, for both of them

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class VectorIndex(MemoryIndex):
     company of a query nor the order of documents changes a score.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset({"incremental_add", "delete", "filter", "exact", "returns_vectors", "concurrent_readers"})
+    capabilities: frozenset[Capability] = frozenset({"incremental_add", "delete", "filter", "exact", "returns_vectors", "concurrent_readers"})
     searches = frozenset({"vectors"})  # type: ignore[assignment]
     space: Space
 
@@ -160,7 +160,7 @@ class BM25Index(MemoryIndex):
         tokens: from texts to words; any function that does that.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset({"incremental_add", "delete", "filter", "exact", "concurrent_readers"})
+    capabilities: frozenset[Capability] = frozenset({"incremental_add", "delete", "filter", "exact", "concurrent_readers"})
     searches = frozenset({"texts"})  # type: ignore[assignment]
     space = None
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from echelon.data.files import read_text
 from echelon.errors import UserError
-from echelon.retrieve.base import Encoder, Index, Space
+from echelon.retrieve.base import Encoder, Index, Recall, Space
 from echelon.retrieve.stored import manifest
 from echelon.retrieve.tokens import Tokens
 
@@ -41,7 +41,9 @@ def open_index(where: str | Path) -> Index:
     return DiskIndex.load(where)
 
 
-def make_index(where: str | Path, *, backend: str | None = None, encoder: Encoder | None = None, tokens: Tokens | None = None) -> Index:
+def make_index(
+    where: str | Path, *, backend: str | None = None, encoder: Encoder | None = None, tokens: Tokens | None = None, recall: Recall = "exact"
+) -> Index:  # fmt: skip
     """A new, empty index; or one that is there already, if it was made the same way.
 
     Args:
@@ -50,6 +52,8 @@ def make_index(where: str | Path, *, backend: str | None = None, encoder: Encode
             and tantivy together.
         encoder: what will make the vectors; without one there are none, and search is by words alone.
         tokens: from texts to words.
+        recall: how much of what is near a vector search must find, where LanceDB holds it: all of it (`exact`), or what partitions hold that are likely to
+            (`balanced`, `fast`).
 
     Raises:
         UserError: if the back end is unknown, does not fit the address or the encoder, or something else is there.
@@ -64,11 +68,13 @@ def make_index(where: str | Path, *, backend: str | None = None, encoder: Encode
     settings = None
     with contextlib.suppress(AttributeError, ValueError):  # of encoders that were made from an object there is nothing to write down
         settings = encoder.settings if encoder is not None else None  # type: ignore[attr-defined]
+    if recall != "exact" and (space is None or backend not in ("lance", "disk")):
+        raise UserError(f"recall is {recall!r}; that is for vectors in LanceDB (backend disk or lance, with an encoder)")
     if backend == "lance":
         from echelon.retrieve.lance import LanceIndex
 
-        made = LanceIndex(where, space, tokens, encoder=settings)
-        return made if made.version or tokens else LanceIndex(where, space, Tokens(), encoder=settings)
+        made = LanceIndex(where, space, tokens, encoder=settings, recall=recall)
+        return made if made.version or tokens else LanceIndex(where, space, Tokens(), encoder=settings, recall=recall)
     if backend == "qdrant":
         from echelon.retrieve.qdrant import QdrantIndex
 
@@ -83,7 +89,7 @@ def make_index(where: str | Path, *, backend: str | None = None, encoder: Encode
         return TantivyIndex(where, tokens)
     from echelon.retrieve.disk import DiskIndex
 
-    return DiskIndex(where, space, tokens, encoder=settings)
+    return DiskIndex(where, space, tokens, encoder=settings, recall=recall)
 
 
 def _backend_of(where: str) -> str:

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class QdrantIndex(Index):
         api_key: of the server.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+    capabilities: frozenset[Capability] = frozenset(
         {"incremental_add", "delete", "filter", "persistent", "exact", "returns_vectors", "distributed"}
     )
     searches = frozenset({"vectors"})  # type: ignore[assignment]

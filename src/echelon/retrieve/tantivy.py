@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from echelon.data.documents import Doc
 from echelon.data.files import write_whole
@@ -32,7 +32,7 @@ class TantivyIndex(Index):
         store: keep the documents, so that they can be asked for by id.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset({"incremental_add", "delete", "filter", "persistent", "concurrent_readers"})
+    capabilities: frozenset[Capability] = frozenset({"incremental_add", "delete", "filter", "persistent", "concurrent_readers"})
     searches = frozenset({"texts"})  # type: ignore[assignment]
     space = None
 
