@@ -1,5 +1,6 @@
 """From what users write to an engine."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ def resolve(spec: Any, **options: Any) -> Engine:
     from echelon.llm.local import LocalEngine
     from echelon.llm.server import ServerEngine
 
-    kind: type[LocalEngine] | type[ServerEngine] = LocalEngine
-    given: tuple[Any, ...] = (spec,)
-    if isinstance(spec, str) and spec.startswith(("http://", "https://")):
-        url, _, model = spec.partition("#")
-        if not model:
-            raise UserError(f"{spec} names no model; write it behind a #: {spec}#model")
-        kind, given = ServerEngine, (url, model)
+    make: Callable[..., Engine] = LocalEngine
+    if is_address(spec):
+        make = ServerEngine.at
     elif not isinstance(spec, (str, Path)) and not (isinstance(spec, tuple) and len(spec) == 2):
         known = "embedded, a model folder, a hub id, http://host:port/v1#model, a model with its tokenizer, or an Engine"
         raise UserError(f"{type(spec).__name__} is no engine; give {known}")
     try:
-        return kind(*given, **options)
+        return make(spec, **options)
     except TypeError as error:
-        raise UserError(f"{kind.__name__} has no such knob: {error}") from error
+        raise UserError(f"{'a server' if make is not LocalEngine else 'a local model'} has no such knob: {error}") from error
+
+
+def is_address(spec: Any) -> bool:
+    """Whether this names a server."""
+    return isinstance(spec, str) and spec.startswith(("http://", "https://"))

@@ -1,46 +1,32 @@
-"""An OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp, ``transformers serve``, or a hosted one.
+"""An OpenAI-compatible server as an engine: vLLM, SGLang, llama.cpp, ``transformers serve``, or a hosted one."""
 
-Requests go out many at a time from behind an ordinary function call. What fails for a passing reason is sent again; what fails for good ends
-the call with one error that carries everything that was answered.
-"""
-
-import asyncio
 import json
 import math
-import os
-import random
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from jaxtyping import Float
 
 from echelon.errors import UserError
 from echelon.llm.base import Capability, Engine, Generation, Permutation, Prompt, Unanswered, check_generation, plain_text
+from echelon.llm.endpoint import Endpoint, Nonsense
 from echelon.llm.prefixes import common_length
 
 if TYPE_CHECKING:
-    import httpx
     from transformers import PreTrainedTokenizerBase
 
 _CHARACTERS = 3.5
 """Characters that a token is taken to have where the server's tokenizer is not at hand."""
-_PASSING = {408, 409, 425, 429}
 Alternatives = Mapping[str, float]
 Position = tuple[str, Alternatives]
 """A token that was written, and the tokens that might have been, with their log-probabilities."""
 
 
-class _Nonsense(Exception):
-    """An answer that does not say what was asked for."""
-
-
 @dataclass(eq=False)
-class ServerEngine(Engine):
+class ServerEngine(Endpoint, Engine):
     """Prompts to a server with OpenAI's interface.
 
     Choices are scored by the first token in which they differ, from the log-probabilities that servers give of the most probable tokens. A
@@ -49,51 +35,26 @@ class ServerEngine(Engine):
     prefix: it is expected to write it itself, and scores are read behind it.
 
     Attributes:
-        url: where its interface begins, such as `http://localhost:8000/v1`.
-        model: the model's name there.
         chat: send messages to `/chat/completions`; else the text to `/completions`, for models without a chat template.
         prefill: have the server go on with the answer's prefix (`continue_final_message`, as vLLM and SGLang have it).
-        key_variable: environment variable that holds the key, if the server wants one.
-        concurrency: requests under way at the same time.
-        timeout: seconds for one request.
-        retries: how often a request is sent again.
-        backoff: seconds before the first repetition; twice as many before each next one.
-        max_backoff: seconds between two repetitions at most.
         top_logprobs: how many tokens' log-probabilities to ask for.
         context_length: tokens that prompt and answer may have together, if known.
         tokenizer: name or folder of the model's tokenizer; without it a token is taken to have 3.5 characters.
-        extra: further fields of each request.
 
     Raises:
         UserError: if a knob is out of range.
     """
 
-    url: str
-    model: str
     chat: bool = True
     prefill: bool = False
-    key_variable: str = ""
-    concurrency: int = 8
-    timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 0.5
-    max_backoff: float = 30.0
     top_logprobs: int = 20
     context_length: int | None = None  # type: ignore[assignment]
     tokenizer: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
     missing: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).netloc:
-            raise UserError(f"url is {self.url!r}; it must be like http://localhost:8000/v1")
-        if not self.model:
-            raise UserError("model is empty; give the model's name on the server")
-        for name, least in (("concurrency", 1), ("retries", 0), ("top_logprobs", 1), ("backoff", 0), ("max_backoff", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be at least {least}")
-        if not 0 < self.timeout < math.inf:
-            raise UserError(f"timeout is {self.timeout!r}; it must be above 0")
+        super().__post_init__()
+        self.check("top_logprobs", 1)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -101,7 +62,7 @@ class ServerEngine(Engine):
 
     @property
     def identity(self) -> str:
-        return f"server:{self.url.rstrip('/')}#{self.model}:{'chat' if self.chat else 'text'}{':prefill' if self.prefill else ''}{_told(self.extra)}"
+        return f"server:{self.name}:{'chat' if self.chat else 'text'}{':prefill' if self.prefill else ''}{self.beside}"
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -117,7 +78,7 @@ class ServerEngine(Engine):
             # The token that decides comes after those that the choices share, of which each is taken to have two characters or more.
             bodies.append(self._body(prompt, 1 + math.ceil(len(shared) / 2), 0.0, logprobs=True))
             readers.append(_choice_reader(prefix, list(texts), shared, self._positions))
-        scores = self._ask(bodies, readers)
+        scores = self._completed(bodies, readers)
         self.missing += sum(int(np.isneginf(found).sum()) for found in scores)
         return scores
 
@@ -130,7 +91,7 @@ class ServerEngine(Engine):
             raise UserError(f"{self.identity} cannot be held to a constraint; use a local model, or generate without it")
         bodies = [self._body(prompt, max_new_tokens, temperature, seed=seed + k, stop=stop) for prompt in prompts for k in range(n)]
         try:
-            made = self._ask(bodies, [lambda answer: self._generation(answer, stop)] * len(bodies))
+            made = self._completed(bodies, [lambda answer: self._generation(answer, stop)] * len(bodies))
         except Unanswered as error:
             whole = {i: [error.answered.get(i * n + k) for k in range(n)] for i in range(len(prompts))}
             raise Unanswered(str(error), {i: texts for i, texts in whole.items() if None not in texts}) from error
@@ -163,12 +124,12 @@ class ServerEngine(Engine):
             text = text[: min(len(text) - 1, int(len(text) * max_tokens / self.count_tokens(text)))]
         return text
 
-    # -- requests ---------------------------------------------------------------------------------------------------
+    # -- requests and answers -----------------------------------------------------------------------------------------
 
     def _body(
         self, prompt: Prompt, max_tokens: int, temperature: float, *, logprobs: bool = False, seed: int | None = None, stop: Sequence[str] = ()
     ) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
+        body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         if self.chat:
             body["messages"] = [{"role": role, "content": text} for role, text in prompt.messages]
             if self.prefill and prompt.answer_prefix:
@@ -182,83 +143,18 @@ class ServerEngine(Engine):
             body["seed"] = seed
         if stop:
             body["stop"] = list(stop)
-        return {**body, **self.extra}
+        return body
 
-    def _ask(self, bodies: Sequence[dict[str, Any]], readers: Sequence[Callable[[Any], Any]]) -> list[Any]:
-        """The answers to all requests; they are sent in the order of their texts, so that a server may reuse what they begin with.
-
-        Raises:
-            Unanswered: if one fails for good. Those that were sent are waited for, and no other is sent.
-            UserError: if httpx is not installed.
-        """
-        try:
-            import httpx
-        except ImportError as error:
-            raise UserError("servers need httpx; install it with: pip install 'echelon[servers]'") from error
-        answers: dict[int, Any] = {}
-        failures: list[Exception] = []
-        waiting = sorted(range(len(bodies)), key=lambda i: json.dumps(bodies[i].get("messages", bodies[i].get("prompt"))), reverse=True)
-
-        async def work(client: "httpx.AsyncClient") -> None:
-            while waiting and not failures:
-                place = waiting.pop()
-                try:
-                    answers[place] = await self._answer(client, bodies[place], readers[place], random.Random(place))
-                except UserError as error:
-                    failures.append(error)
-
-        async def all_at_once() -> None:
-            outside = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
-            limits = httpx.Limits(max_connections=self.concurrency)
-            async with httpx.AsyncClient(timeout=None, headers=self._headers(), limits=limits, trust_env=outside) as client:
-                await asyncio.gather(*(work(client) for _ in range(min(self.concurrency, len(bodies)))))
-
-        _run(all_at_once())
-        if failures:
-            raise Unanswered(f"{failures[0]} ({len(answers)} of {len(bodies)} requests were answered)", answers) from failures[0]
-        return [answers[i] for i in range(len(bodies))]
-
-    def _headers(self) -> dict[str, str]:
-        if not self.key_variable:
-            return {}
-        if not os.environ.get(self.key_variable):
-            raise UserError(f"key_variable is {self.key_variable!r}, and this environment variable is not set")
-        return {"Authorization": f"Bearer {os.environ[self.key_variable]}"}
-
-    async def _answer(self, client: "httpx.AsyncClient", body: dict[str, Any], read: Callable[[Any], Any], chance: random.Random) -> Any:
-        """One request, repeated while there is hope."""
-        import httpx
-
-        address = self.url.rstrip("/") + ("/chat/completions" if self.chat else "/completions")
-        for attempt in range(self.retries + 1):
-            wait = 0.0
-            try:
-                async with asyncio.timeout(self.timeout):
-                    response = await client.post(address, json=body)
-                if response.status_code == 200:
-                    return read(response.json())
-                reason = f"answered {response.status_code}: {_first_line(response.text)}"
-                if response.status_code not in _PASSING and response.status_code < 500:
-                    raise UserError(f"{address} {reason}")
-                wait = _seconds(response.headers.get("retry-after"))
-            except TimeoutError:
-                reason = f"did not answer within {self.timeout:g} s"
-            except httpx.RequestError as error:
-                reason = f"cannot be reached: {str(error) or type(error).__name__}"
-            except (_Nonsense, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-                if isinstance(error, UserError):
-                    raise
-                reason = "answered nonsense: " + (str(error) if isinstance(error, _Nonsense) else f"no completion in {_first_line(response.text)}")
-            if attempt < self.retries:
-                wait = max(wait, self.backoff * 2**attempt * (0.5 + 0.5 * chance.random()))
-                await asyncio.sleep(min(wait, self.max_backoff))
-        raise UserError(f"{address} {reason}" + (f", {self.retries + 1} times" if self.retries else ""))
+    def _completed(self, bodies: Sequence[dict[str, Any]], readers: Sequence[Callable[[Any], Any]]) -> list[Any]:
+        """The answers, asked for in the order of the prompts' texts, so that a server may reuse what they begin with."""
+        order = sorted(range(len(bodies)), key=lambda i: json.dumps(bodies[i].get("messages", bodies[i].get("prompt"))))
+        return self.ask("chat/completions" if self.chat else "completions", bodies, readers, order)
 
     def _generation(self, answer: Any, stop: Sequence[str]) -> Generation:
         choice = answer["choices"][0]
         text = (choice["message"].get("content") if self.chat else choice["text"]) or ""
         if not isinstance(text, str):
-            raise _Nonsense(f"the text is {type(text).__name__}")
+            raise Nonsense(f"the text is {type(text).__name__}")
         tokens = (answer.get("usage") or {}).get("completion_tokens")
         ends = [place for place in (text.find(mark) for mark in stop) if place >= 0]
         finish = "length" if choice.get("finish_reason") == "length" and not ends else "stop"
@@ -272,7 +168,7 @@ class ServerEngine(Engine):
                 f"{self.url} with model {self.model!r} gives no log-probabilities, so choices cannot be scored; let it generate the answer instead"
             )
         if not told["content" if self.chat else "tokens"]:
-            raise _Nonsense("no token")
+            raise Nonsense("no token")
         if self.chat:
             return [(token["token"], _alternatives((other["token"], other["logprob"]) for other in token["top_logprobs"])) for token in told["content"]]
         return [(token, _alternatives(others.items())) for token, others in zip(told["tokens"], told["top_logprobs"], strict=True)]
@@ -327,30 +223,6 @@ def _alternatives(pairs: Any) -> dict[str, float]:
     made: dict[str, float] = {}
     for token, log_prob in pairs:
         if isinstance(log_prob, bool) or not isinstance(log_prob, (int, float)) or math.isnan(log_prob):
-            raise _Nonsense(f"the log-probability {log_prob!r}")
+            raise Nonsense(f"the log-probability {log_prob!r}")
         made[token] = float(log_prob)
     return made
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Also from where an event loop runs already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-    else:
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(asyncio.run, work).result()
-
-
-def _told(extra: Mapping[str, Any]) -> str:
-    return ":" + json.dumps(dict(extra), sort_keys=True) if extra else ""
-
-
-def _first_line(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line[:200]) if line else "nothing"
-
-
-def _seconds(retry_after: str | None) -> float:
-    return float(retry_after) if retry_after and retry_after.isdigit() else 0.0

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from echelon.errors import UserError
 from echelon.linalg.checks import whole
+from echelon.llm.resolving import is_address
 from echelon.registry import method
 from echelon.rerank.base import Judge, Reranker, Strategy
 from echelon.rerank.judges import ScorerJudge
 from echelon.rerank.strategies.pointwise import Points
 from echelon.score.base import Scorer, as_scorer
 from echelon.score.cross_encoder import CrossEncoderScorer, RewardModel
+from echelon.score.served import ServedScorer
 
 
 @method(
@@ -33,8 +35,8 @@ class CrossEncoder(Reranker):
     """One forward for query and passage.
 
     Attributes:
-        model: a hub id or folder, a sentence-transformers CrossEncoder, a classifier of transformers with its tokenizer, a scorer, or a function of the query
-            and its passages.
+        model: a hub id or folder, a server that reranks (`http://host:port/v1#model`), a sentence-transformers CrossEncoder, a classifier of transformers
+            with its tokenizer, a scorer, or a function of the query and its passages.
         batch_size: pairs of one forward.
         max_length: tokens of a pair at most, for a model that is loaded by name; by default what it takes.
     """
@@ -46,7 +48,7 @@ class CrossEncoder(Reranker):
     def __post_init__(self) -> None:
         """Raises: ValueError: if a number is below 1, or a length is given with a model that is loaded already."""
         whole("batch_size", self.batch_size, 1)
-        if self.max_length is not None and whole("max_length", self.max_length, 1) and not isinstance(self.model, (str, Path)):
+        if self.max_length is not None and whole("max_length", self.max_length, 1) and (not isinstance(self.model, (str, Path)) or is_address(self.model)):
             raise ValueError(f"max_length is {self.max_length!r}, and the model is loaded already; set the length there")
 
     @cached_property
@@ -54,6 +56,8 @@ class CrossEncoder(Reranker):
         if isinstance(self.model, Judge):
             return self.model
         scorer = self._scorer()
+        if isinstance(scorer, ServedScorer):
+            return ScorerJudge(scorer, lambda: scorer.identity)
         model = getattr(scorer, "model", None)
         network = model if isinstance(model, PreTrainedModel) else getattr(model, "model", None)
         if not isinstance(network, PreTrainedModel):
@@ -63,11 +67,15 @@ class CrossEncoder(Reranker):
 
     @cached_property
     def plan(self) -> Strategy:
+        if is_address(self.model):
+            return Points("prob")
         last = getattr(getattr(getattr(self.judge, "scorer", None), "model", None), "activation_fn", None)
         return Points("prob" if isinstance(last, torch.nn.Sigmoid) else "logit")
 
     def _scorer(self) -> Scorer:
         model = self.model
+        if is_address(model):
+            return ServedScorer.at(model, batch_size=self.batch_size)
         if isinstance(model, (str, Path)):
             return CrossEncoderScorer(_loaded(str(model), self.max_length), self.batch_size)
         if isinstance(model, tuple) and len(model) == 2:

@@ -162,7 +162,10 @@ class ScorerJudge(Judge):
         return self._identity()
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        scores = checked_scores(self.scorer, [ScoreItem(question.query, question.docs[0].content) for question in questions])
+        try:
+            scores = checked_scores(self.scorer, [ScoreItem(question.query, question.docs[0].content) for question in questions])
+        except Unanswered as error:
+            raise Unanswered(str(error), {place: Answer(scores=(score,)) for place, score in error.answered.items()}) from error
         return [Answer(scores=(score,)) for score in scores.tolist()]
 
 
