@@ -1,9 +1,11 @@
 """The command line run in this process, or as a user would run it."""
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +59,8 @@ def started(*words, **how):
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-    return subprocess.Popen([sys.executable, "-m", "echelon.cli", *map(str, words)], env=environment, text=True, **streams)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests that a shell runs in the background were told to ignore it
+    return subprocess.Popen([sys.executable, "-m", "echelon.cli", *map(str, words)], env=environment, text=True, preexec_fn=heeds, **streams)
 
 
 @pytest.fixture
