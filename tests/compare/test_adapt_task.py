@@ -24,8 +24,8 @@ from echelon.data.e2e import Meaning, read_e2e
 from echelon.data.glue import Labelled, read_glue
 from echelon.errors import UserError
 from echelon.models import load
+from echelon.models.randomness import own_randomness
 from echelon.registry import cards
-from echelon.train.trainer import own_randomness
 
 EVERY = [card.name for kind in adapting.KINDS for card in cards(kind)] + [adapting.ADALORA]
 NOUNS, VERBS = small_folders.NOUNS, small_folders.VERBS

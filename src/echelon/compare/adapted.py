@@ -19,9 +19,9 @@ from echelon.compare.downstream import Downstream
 from echelon.errors import UserError
 from echelon.linalg.checks import number, whole
 from echelon.models import LoadedModel
+from echelon.models.randomness import own_randomness
 from echelon.registry import build, cards, suggest
 from echelon.train.memory import on_meta
-from echelon.train.trainer import own_randomness
 
 KINDS = ("adapter", "baseline")
 ADALORA = "adalora"  # PEFT cannot resume it, so it is no registered baseline

@@ -25,7 +25,7 @@ from echelon.evaluate.text import pooled_bleu, rouge_l
 from echelon.models import LoadedModel, load
 from echelon.models.batching import padded
 from echelon.models.loading import embedded_encoder_dir
-from echelon.train.trainer import own_randomness
+from echelon.models.randomness import own_randomness
 
 Row = dict[str, list[int]]
 METRICS = {"text": ["loss"], "e2e": ["loss", "bleu", "rouge_l"], "sst2": ["accuracy"], "rte": ["accuracy"], "mrpc": ["accuracy", "f1"], "cola": ["matthews"]}

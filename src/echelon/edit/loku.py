@@ -28,9 +28,9 @@ from echelon.edit.trainer import FORGET_LOSSES, UnlearnTrainer
 from echelon.linalg.checks import number, one_of, whole
 from echelon.models.loading import LoadedModel, load
 from echelon.models.modules import dense_weight
+from echelon.models.randomness import own_randomness
 from echelon.models.targets import linear_targets
 from echelon.registry import method
-from echelon.train.trainer import own_randomness
 
 INITS = ("fila", "default", "gaussian", "orthogonal", "pissa", "olora")
 OnEpoch = Callable[[PeftModel, dict[str, Any]], bool | None]

@@ -1,4 +1,4 @@
-"""The global random generators, on which transformers draws, borrowed and put back."""
+"""The global random generators, on which dropout and transformers draw, borrowed and put back."""
 
 import contextlib
 import random

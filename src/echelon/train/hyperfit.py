@@ -29,11 +29,11 @@ from echelon.errors import UserError
 from echelon.generate import Greedy
 from echelon.linalg.checks import number, one_of, whole
 from echelon.models import LoadedModel, load
+from echelon.models.randomness import own_randomness
 from echelon.registry import method, suggest
 from echelon.train.language import fit
 from echelon.train.optimizers.adamw import AdamW
 from echelon.train.optimizers.base import processes
-from echelon.train.trainer import own_randomness
 from echelon.train.training import Training
 
 

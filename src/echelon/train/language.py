@@ -31,6 +31,7 @@ from echelon.data.files import folder_whole, read_text, write_whole
 from echelon.data.rankgen_pairs import read_documents
 from echelon.errors import UserError
 from echelon.models.loading import LoadedModel, embedded_dir
+from echelon.models.randomness import own_randomness
 from echelon.models.reload import from_config
 from echelon.train import checkpoints
 from echelon.train.layers.base import LayerMethod, LearningRate
@@ -39,7 +40,7 @@ from echelon.train.memory import formula
 from echelon.train.optimizers.adamw import AdamW
 from echelon.train.optimizers.base import OptimizerMethod, Stepper, processes
 from echelon.train.rows import HeldOutLoss, Reading, Rows, document_rows, held_out_loss, packed_rows
-from echelon.train.trainer import LanguageTrainer, MethodCallback, Tell, gathered, learning_rate, own_randomness, shard, trainer_arguments
+from echelon.train.trainer import LanguageTrainer, MethodCallback, Tell, gathered, learning_rate, shard, trainer_arguments
 from echelon.train.training import Training
 
 MAY_CHANGE = {"save_every"}  # what may differ when a run goes on

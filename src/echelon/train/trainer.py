@@ -5,13 +5,11 @@ import dataclasses
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -228,16 +226,3 @@ def _gathered(state: Tensor, device: torch.device) -> list[Tensor]:
     found = [torch.empty_like(mine) for _ in range(processes())]
     dist.all_gather(found, mine)
     return [each.cpu() for each in found]
-
-
-@contextlib.contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seed the global generators, on which dropout and ``Trainer`` draw, and put them back behind it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
