@@ -49,6 +49,29 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
+class EncoderAround:
+    """What does something to texts or vectors on their way to or from another encoder, whose space stays.
+
+    Attributes:
+        encoder: the encoder.
+    """
+
+    encoder: Any
+
+    @property
+    def dim(self) -> int:
+        return self.encoder.dim
+
+    @property
+    def similarity(self) -> Similarity:
+        return self.encoder.similarity
+
+    @property
+    def fingerprint(self) -> str:
+        return self.encoder.fingerprint
+
+
+@dataclass(frozen=True)
 class Space:
     """Where an index's vectors live.
 

@@ -6,19 +6,20 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from echelon.data.documents import Doc
 from echelon.errors import UserError
+from echelon.retrieve.base import EncoderAround
 from echelon.retrieve.text_encoder import Side, Vectors
 
 BLOCK = 1024  # texts that are encoded before what was made is stored
 
 
 @dataclass(frozen=True)
-class CachedEncoder:
+class CachedEncoder(EncoderAround):
     """An encoder that looks its vectors up by its fingerprint, the side and the text's SHA-256 before it makes them.
 
     Several processes may use one file at once; what one has stored survives its end, however sudden. The file is SQLite's.
@@ -28,20 +29,7 @@ class CachedEncoder:
         path: the file; it is made when it is not there.
     """
 
-    encoder: Any
     path: str
-
-    @property
-    def dim(self) -> int:
-        return self.encoder.dim
-
-    @property
-    def similarity(self) -> Literal["cosine", "dot"]:
-        return self.encoder.similarity
-
-    @property
-    def fingerprint(self) -> str:
-        return self.encoder.fingerprint
 
     @property
     def truncated(self) -> dict[Side, int]:

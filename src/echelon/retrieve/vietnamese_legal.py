@@ -15,7 +15,7 @@ from echelon.data.documents import Doc
 from echelon.data.runs import Run, sorted_docs
 from echelon.errors import UserError
 from echelon.registry import method
-from echelon.retrieve.base import Index, RetrievalMethod, Retriever, Space, with_ids
+from echelon.retrieve.base import EncoderAround, Index, RetrievalMethod, Retriever, Space, with_ids
 from echelon.retrieve.bm25 import TextRetriever
 from echelon.retrieve.chunking import Chunker, near_duplicates
 from echelon.retrieve.dense import DenseRetriever
@@ -27,7 +27,7 @@ from echelon.retrieve.vietnamese import STOP_WORDS, VietnameseWords, normalize_v
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(EncoderAround):
     """An encoder whose texts are prepared first.
 
     Attributes:
@@ -36,17 +36,8 @@ class Prepared:
         name: of the preparation, which becomes part of the fingerprint; empty for one that leaves prepared texts as they are.
     """
 
-    encoder: Any
     prepare: Callable[[str], str]
     name: str = ""
-
-    @property
-    def dim(self) -> int:
-        return self.encoder.dim
-
-    @property
-    def similarity(self) -> Literal["cosine", "dot"]:
-        return self.encoder.similarity
 
     @property
     def fingerprint(self) -> str:

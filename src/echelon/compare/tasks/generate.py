@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.data import passages as shipped
 from echelon.data.files import read_texts
 from echelon.data.passages import passages
@@ -61,11 +61,8 @@ class Task:
     reference = ""
 
     def check(self, recipe: Any) -> None:
+        check_keys({"data": DATA, "budget": ("max_new_tokens",)}, recipe)
         data = {**DATA, **recipe.data}
-        for where, told, legal in (("data", data, list(DATA)), ("budget", recipe.budget, ["max_new_tokens"])):
-            for key in told:
-                if key not in legal:
-                    raise UserError(f"unknown key {key!r} under {where}{suggest(key, legal)}; keys are {', '.join(legal)}")
         budget = recipe.budget.get("max_new_tokens", 64)
         for name, value in (("data.prompts", data["prompts"]), ("data.prompt_words", data["prompt_words"]), ("budget.max_new_tokens", budget)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from echelon.compare.documents import PASSAGES, documents, losses
-from echelon.compare.task import Outcome, Quality
+from echelon.compare.task import Outcome, Quality, check_keys
 from echelon.compare.tasks.compress import DENSE, speed
 from echelon.compress import LoRC, size
 from echelon.compress.sensitivity import sensitivity_class
 from echelon.errors import UserError
 from echelon.models import LoadedModel, load
-from echelon.registry import build, suggest
+from echelon.registry import build
 
 DATA: dict[str, Any] = {"calibration": "passages", "test": "passages"}
 COMPENSATION = ("lorc_rank", "lorc_bits")
@@ -52,9 +52,7 @@ class Task:
     columns = ("bytes", "sensitivity_class", "perplexity")
 
     def check(self, recipe: Any) -> None:
-        for key in recipe.data:
-            if key not in DATA:
-                raise UserError(f"unknown key {key!r} under data{suggest(key, list(DATA))}; keys are {', '.join(DATA)}")
+        check_keys({"data": DATA}, recipe)
         if recipe.budget:
             raise UserError(f"budget is {recipe.budget!r}; this comparison has none: bits are the methods' knobs, and bytes are reported")
         for metric in recipe.metrics:
