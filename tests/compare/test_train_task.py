@@ -1,6 +1,7 @@
 """The bake-off of ways to train: equal tokens in an equal order, learning rates chosen aside from the test, and counted memory."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,24 @@ def test_a_sweep_is_decided_on_the_tuning_documents_and_its_winner_is_trained_an
     plain = load_recipe({**told, "methods": [{"name": "adamw", "knobs": tuning["chosen"]}], "timing_rounds": 0})
     [again] = compare(plain, tmp_path)
     assert again["quality"]["loss"]["value"] == results["adamw"]["quality"]["loss"]["value"]
+
+
+def test_a_sweep_is_made_once_for_all_seeds_and_kept(told, tmp_path, monkeypatch):
+    seen, train = [], task.train
+
+    def watched(context, method, tokens, seed):
+        seen.append((tokens // STEP, seed))
+        return train(context, method, tokens, seed)
+
+    monkeypatch.setattr(task, "train", watched)
+    recipe = load_recipe({**told, "seeds": [0, 1], "methods": [{"name": "adamw", "sweep": {"lr": [0.003, 0.03]}}], "timing_rounds": 0})
+    first = compare(recipe, tmp_path)
+    assert seen == [(6, 0), (6, 0), (30, 0), (30, 1)] and first[0]["tuning"] == first[1]["tuning"]
+    shutil.rmtree(tmp_path / "runs")
+    again = compare(recipe, tmp_path)
+    assert seen[4:] == [(30, 0), (30, 1)] and [r["quality"]["loss"]["value"] for r in again] == [r["quality"]["loss"]["value"] for r in first]
+    compare(load_recipe({**recipe.to_dict(), "budget": {**told["budget"], "tune_tokens": 5 * STEP}, "seeds": [0]}), tmp_path)
+    assert seen[6:] == [(5, 0), (5, 0), (30, 0)]
 
 
 @pytest.mark.parametrize(
