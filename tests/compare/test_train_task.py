@@ -148,9 +148,14 @@ def test_a_sweep_is_made_once_for_all_seeds_and_kept(told, tmp_path, monkeypatch
     assert seen == [(6, 0), (6, 0), (30, 0), (30, 1)] and first[0]["tuning"] == first[1]["tuning"]
     shutil.rmtree(tmp_path / "runs")
     again = compare(recipe, tmp_path)
-    assert seen[4:] == [(30, 0), (30, 1)] and [r["quality"]["loss"]["value"] for r in again] == [r["quality"]["loss"]["value"] for r in first]
-    compare(load_recipe({**recipe.to_dict(), "budget": {**told["budget"], "tune_tokens": 5 * STEP}, "seeds": [0]}), tmp_path)
-    assert seen[6:] == [(5, 0), (5, 0), (30, 0)]
+    assert len(seen) == 4 and [r["quality"] for r in again] == [r["quality"] for r in first]
+    whole = {**recipe.to_dict(), "budget": {name: value for name, value in told["budget"].items() if name != "tune_tokens"}}
+    results = compare(load_recipe(whole), tmp_path)  # the best try is the run of the first seed
+    assert seen[4:] == [(30, 0), (30, 0), (30, 1)] and results[0]["quality"]["loss"]["value"] == first[0]["quality"]["loss"]["value"]
+    whole["methods"][0]["sweep"]["lr"] = [0.003, 0.01, 0.03]
+    [wider, _] = compare(load_recipe(whole), tmp_path)
+    assert seen[7:].count((30, 0)) == 1 and len(wider["tuning"]["tried"]) == 3
+    assert wider["tuning"]["cost"]["tokens"] == 3 * 30 * STEP and wider["tuning"]["cost"]["seconds"] > results[0]["tuning"]["cost"]["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -21,35 +21,58 @@ def tries(entry: Any) -> list[dict[str, Any]]:
 
 
 class Sweeps:
-    """What sweeps chose, for all runs of a comparison: a sweep is made once for all seeds, and kept.
+    """What was tried for all runs of a comparison: each setting once, whatever the seed of a run, and kept, so that a wider sweep tries only what is new.
 
     Args:
         folder: where they are kept.
-        recipe: what the results depend on; where any of it changes, sweeps are made again.
+        recipe: what the results depend on; where any of it changes, all is tried again.
     """
 
     def __init__(self, folder: Path, recipe: Any):
         self.folder = folder / "sweeps" / _digest(foundations(recipe))
 
-    def tuned(self, entry: Any, loss_of: Callable[[dict[str, Any]], float], on: str = "", **each: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As the function `tuned`; ``on`` is what else tells this sweep from others of the entry."""
-        kept = self.folder / f"{_digest([on, entry.name, entry.knobs, entry.sweep])}.json"
-        if not kept.is_file():
-            write_whole(kept, json.dumps(tuned(entry, loss_of, **each), indent=2) + "\n")
-        knobs, tuning = json.loads(read_text(kept))
-        return knobs, tuning
+    def kept(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was made for this key, with the ``seconds`` that it took; a ValueError is kept too.
+
+        Raises:
+            ValueError: if making it does, or did.
+        """
+        file = self.folder / f"{_digest(key)}.json"
+        if not file.is_file():
+            started = time.perf_counter()
+            try:
+                made = make()
+            except ValueError as error:  # it diverged: a result like another
+                made = {"error": str(error)}
+            write_whole(file, json.dumps({"key": key, **made, "seconds": time.perf_counter() - started}))
+        told = json.loads(read_text(file))
+        if "error" in told:
+            raise Failed(told["error"], told["seconds"])
+        return told
+
+
+class Failed(ValueError):
+    """A setting that could not be tried to its end.
+
+    Attributes:
+        seconds: until it failed.
+    """
+
+    def __init__(self, message: str, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 def _digest(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def tuned(entry: Any, loss_of: Callable[[dict[str, Any]], float], **each: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def tuned(entry: Any, tried_with: Callable[[dict[str, Any]], dict[str, Any]], **each: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """An entry's knobs with those of its sweep that reach the least loss, and what was tried for that; nothing where there is one setting only.
 
     Args:
         entry: a method of a recipe.
-        loss_of: trains with these knobs and measures on what is neither trained on nor tested.
+        tried_with: trains with these knobs, by :meth:`Sweeps.kept`: gives the ``loss`` on what is neither trained on nor tested, and the ``seconds``.
         each: what a try costs, as ``tokens=5000`` or ``steps=20``.
 
     Raises:
@@ -58,20 +81,21 @@ def tuned(entry: Any, loss_of: Callable[[dict[str, Any]], float], **each: int) -
     grid = tries(entry)
     if len(grid) == 1:
         return grid[0], {}
-    started = time.perf_counter()
-    tried: list[dict[str, Any]] = []
+    seconds, tried = 0.0, list[dict[str, Any]]()
     for knobs in grid:
         one: dict[str, Any] = {"knobs": {name: knobs[name] for name in entry.sweep}, "loss": None}
         try:
-            loss = loss_of(knobs)
-            one["loss"] = loss if math.isfinite(loss) else None
-        except ValueError as error:  # it diverged: a result like another
+            found = tried_with(knobs)
+            one["loss"] = found["loss"] if math.isfinite(found["loss"]) else None
+            seconds += found["seconds"]
+        except Failed as error:
             one["error"] = str(error)
+            seconds += error.seconds
         tried.append(one)
     if all(one["loss"] is None for one in tried):
         raise UserError(f"no setting of the sweep of {entry.label} trained; the last said: {tried[-1].get('error', 'the loss is not finite')}")
     chosen = min((one for one in tried if one["loss"] is not None), key=lambda one: one["loss"])["knobs"]
-    cost = {"seconds": time.perf_counter() - started, **{name: count * len(grid) for name, count in each.items()}}
+    cost = {"seconds": seconds, **{name: count * len(grid) for name, count in each.items()}}
     return {**entry.knobs, **chosen}, {"chosen": chosen, "tried": tried, "at_edge": at_edge(entry.sweep, chosen), "cost": cost}
 
 

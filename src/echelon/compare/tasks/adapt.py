@@ -16,7 +16,7 @@ from echelon.compare.adapted import ADALORA, SIZES, Adapted, Batches, adapted, c
 from echelon.compare.documents import PASSAGES, documents
 from echelon.compare.downstream import METRICS, Classified, Downstream, Row, Written
 from echelon.compare.task import Outcome, Quality, check_keys
-from echelon.compare.tuning import Sweeps, evenly, is_whole, published, tries, tuning_notes
+from echelon.compare.tuning import Sweeps, evenly, is_whole, published, tries, tuned, tuning_notes
 from echelon.data.e2e import Meaning, read_e2e
 from echelon.data.glue import TASKS, read_glue
 from echelon.errors import UserError
@@ -219,11 +219,15 @@ class Task:
     def _tuned(self, context: Context, task: Downstream, entry: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """A method's knobs on a task, and how they were chosen: on the first order of batches, whatever the seed of the run."""
         size, _ = self._sized(context, entry)
+        steps = context.budget["tune_steps"]
 
-        def loss_of(knobs: dict[str, Any]) -> float:
-            return task.tuning_loss(self._train(context, task, entry.name, {**size, **knobs}, context.budget["tune_steps"], 0)[0].loaded)
+        def tried_with(knobs: dict[str, Any]) -> dict[str, Any]:
+            def make() -> dict[str, Any]:
+                return {"loss": task.tuning_loss(self._train(context, task, entry.name, {**size, **knobs}, steps, 0)[0].loaded)}
 
-        return context.sweeps.tuned(entry, loss_of, task.name, steps=context.budget["tune_steps"])
+            return context.sweeps.kept([task.name, entry.name, {**size, **knobs}], make)
+
+        return tuned(entry, tried_with, steps=steps)
 
     def _train(self, context: Context, task: Downstream, name: str, knobs: dict[str, Any], steps: int, seed: int) -> tuple[Adapted, str]:
         budget, own = context.budget, {knob: value for knob, value in knobs.items() if knob != "lr"}

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.compare.documents import PASSAGES, documents, losses
 from echelon.compare.task import Outcome, Quality, check_keys
-from echelon.compare.tuning import Sweeps, evenly, is_whole, published, tries, tuning_notes
+from echelon.compare.tuning import Sweeps, evenly, is_whole, published, tries, tuned, tuning_notes
 from echelon.errors import UserError
 from echelon.models import LoadedModel, load
 from echelon.registry import build, card, cards, suggest
@@ -77,7 +78,7 @@ class Task:
     ``same`` for the shape of ``model``. ``data.train`` and ``data.test`` are ``passages`` (the two halves of the prose that ships) or files (.txt, .jsonl) and
     folders of them, ``data.tune`` what learning rates are chosen on (a tenth of ``data.train`` where any method has a sweep); documents of more than 300
     words are cut. ``data.documents`` takes that many of the test documents, spread evenly, 0 all. ``budget.tokens`` is what every run trains on, in steps of
-    ``batch_size`` rows of ``seqlen`` tokens, ``budget.tune_tokens`` what each try of a sweep gets, a fifth of it by default.
+    ``batch_size`` rows of ``seqlen`` tokens, ``budget.tune_tokens`` what each try of a sweep gets: as much by default, and then the best try is a run.
     ``budget.optimizer_state`` is a share of AdamW's state in float32: with it, each method gets the largest ``rank`` or ``r`` whose state is not above it.
     """
 
@@ -163,7 +164,7 @@ class Task:
             test = evenly(test, data["documents"])
         wanted = CHARACTERS * budget["tokens"] * len(train) // sum(map(len, train)) + 1
         sizes = budget["tokens"], budget["tune_tokens"], budget["optimizer_state"], Sweeps(self.folder, recipe)
-        return Context(config, loaded.tokenizer, evenly(train, wanted), evenly(tune, 60), test, *sizes, training)
+        return Context(config, loaded.tokenizer, evenly(train, wanted), evenly(tune, 40), test, *sizes, training)
 
     def run(self, context: Context, entry: Any, seed: int) -> Outcome:
         size: dict[str, int] = {}
@@ -172,15 +173,14 @@ class Task:
             size, used = sized(context, entry)
             told = [f"optimizer state {100 * used:.1f} % of AdamW's, {100 * context.state_share:g} % allowed" + "".join(f"; {k} {v}" for k, v in size.items())]
         entry = dataclasses.replace(entry, knobs=entry.knobs | size)
-        knobs, tuning = self._tuned(context, entry)
-        method = built(entry.name, {"seed": seed} | knobs)
-        trained = train(context, method, context.tokens, seed)
-        per_document, loss = losses(trained.loaded, context.test)
-        memory, counted = trained.told["memory"], trained.told["memory"]["formula"]
+        knobs, tuning = tuned(entry, lambda knobs: measured(context, entry.name, knobs, context.tune_tokens, 0), tokens=context.tune_tokens)
+        trained = measured(context, entry.name, knobs, context.tokens, seed)
+        told_of, loss = trained["told"], trained["test"]
+        memory, counted = told_of["memory"], told_of["memory"]["formula"]
         parts = {f"{part}_bytes": float(memory[part]) for part in ("weights", "gradients", "optimizer_state")}
         cost = {
-            "seconds_per_step": trained.told["median_step_seconds"], "worst_step_seconds": trained.told["worst_step_seconds"],
-            "stalled_seconds": trained.told["stalled_seconds"], **parts, "training_bytes": sum(parts.values()),
+            "seconds_per_step": told_of["median_step_seconds"], "worst_step_seconds": told_of["worst_step_seconds"],
+            "stalled_seconds": told_of["stalled_seconds"], **parts, "training_bytes": sum(parts.values()),
         }  # fmt: skip
         if counted:  # the optimizer is one whose state has a formula
             cost |= {"formula_bytes": Memory(**counted).bytes(4)["total"], "published_convention_bytes": Memory(**counted).published}
@@ -189,24 +189,13 @@ class Task:
         note = f"held-out loss, documents weighted by their tokens; perplexity {math.exp(min(loss, 700)):.2f} for this run"
         step = context.training["batch_size"] * context.training["seqlen"]
         return Outcome(
-            {"loss": Quality(loss, "nats/token", False, per_document, note)},
+            {"loss": Quality(loss, "nats/token", False, np.array(trained["per_document"]), note)},
             cost,
-            {"unit": "training tokens", "allowed": context.tokens, "used": trained.told["tokens"], "order": trained.told["order"]},
-            curves={"training loss against tokens": curve(trained.losses, step)},
+            {"unit": "training tokens", "allowed": context.tokens, "used": told_of["tokens"], "order": told_of["order"]},
+            curves={"training loss against tokens": curve(trained["losses"], step)},
             tuning=tuning,
             notes=told + notes(entry.name, tuning),
         )  # fmt: skip
-
-    def _tuned(self, context: Context, entry: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """An entry's knobs with those of the sweep that reach the least loss on the tuning documents, and what was tried for that: from the first weights and
-        order of batches, whatever the seed of the run.
-        """
-
-        def loss_of(knobs: dict[str, Any]) -> float:
-            trained = train(context, built(entry.name, {"seed": 0} | knobs), context.tune_tokens, 0)
-            return losses(trained.loaded, context.tune)[1]
-
-        return context.sweeps.tuned(entry, loss_of, tokens=context.tune_tokens)
 
     def timing(self, context: Context, entry: Any) -> float:
         """Median seconds of a step over five of them; the sweep does not change it."""
@@ -215,12 +204,31 @@ class Task:
         return train(context, method, 5 * step, 0).told["median_step_seconds"]
 
 
+def measured(context: Context, name: str, knobs: dict[str, Any], tokens: int, seed: int) -> dict[str, Any]:
+    """What training by these knobs comes to. Where a sweep trains as long as a run, the run of the first seed is the sweep's.
+
+    Returns:
+        What the trainer ``told``, the ``losses`` of its steps, for the first seed the ``loss`` on the tuning documents, and after the whole budget that on the
+        ``test`` documents, also ``per_document``.
+    """
+
+    def make() -> dict[str, Any]:
+        trained = train(context, built(name, {"seed": seed} | knobs), tokens, seed)
+        made: dict[str, Any] = {"told": trained.told, "losses": trained.losses}
+        if seed == 0 and context.tune:
+            made["loss"] = losses(trained.loaded, context.tune)[1]
+        if tokens == context.tokens:
+            per_document, made["test"] = losses(trained.loaded, context.test)
+            made["per_document"] = per_document.tolist()
+        return made
+
+    return context.sweeps.kept([name, knobs, tokens, seed], make)
+
+
 def resolved(recipe: Any) -> dict[str, Any]:
     """The budget with its defaults."""
     told = {**BUDGET, **recipe.budget}
-    if told["tune_tokens"] is None and is_whole(told["tokens"], 1) and is_whole(told["batch_size"], 1) and is_whole(told["seqlen"], 1):
-        told["tune_tokens"] = max(told["tokens"] // 5, told["batch_size"] * told["seqlen"])
-    return told
+    return told if told["tune_tokens"] is not None else {**told, "tune_tokens": told["tokens"]}
 
 
 def built(name: str, knobs: Mapping[str, Any]) -> Any:
