@@ -54,7 +54,13 @@ class Runs:
             return adapted(self.task, Batches(self.rows, self.options.batch_size, count, 0), config, lr=knobs["lr"])
 
         entry = MethodEntry(name, {}, name, {"lr": self.options.lr})
-        chosen, _ = tuned(entry, lambda knobs: self.task.tuning_loss(trained(knobs, max(1, steps // 3)).loaded), steps=max(1, steps // 3))
+        short = max(1, steps // 3)
+
+        def tried_with(knobs: dict[str, Any]) -> dict[str, Any]:
+            started = time.perf_counter()
+            return {"loss": self.task.tuning_loss(trained(knobs, short).loaded), "seconds": time.perf_counter() - started}
+
+        chosen, _ = tuned(entry, tried_with, steps=short)
         return trained(chosen, steps), chosen["lr"], time.perf_counter() - started
 
     def losses(self, made: Adapted) -> np.ndarray:
