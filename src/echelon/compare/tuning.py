@@ -42,7 +42,7 @@ class Sweeps:
             started = time.perf_counter()
             try:
                 made = make()
-            except ValueError as error:  # it diverged: a result like another
+            except ValueError as error:
                 made = {"error": str(error)}
             write_whole(file, json.dumps({"key": key, **made, "seconds": time.perf_counter() - started}))
         told = json.loads(read_text(file))
@@ -88,9 +88,9 @@ def tuned(entry: Any, tried_with: Callable[[dict[str, Any]], dict[str, Any]], **
             found = tried_with(knobs)
             one["loss"] = found["loss"] if math.isfinite(found["loss"]) else None
             seconds += found["seconds"]
-        except Failed as error:
+        except ValueError as error:  # it diverged: a result like another
             one["error"] = str(error)
-            seconds += error.seconds
+            seconds += getattr(error, "seconds", 0.0)
         tried.append(one)
     if all(one["loss"] is None for one in tried):
         raise UserError(f"no setting of the sweep of {entry.label} trained; the last said: {tried[-1].get('error', 'the loss is not finite')}")

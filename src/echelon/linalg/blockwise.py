@@ -33,7 +33,7 @@ def levels(signed: bool) -> Float[Tensor, "256"]:
 
 
 @functools.cache
-def _cells(signed: bool) -> tuple[UInt8[Tensor, "65536"], Float[Tensor, "65536"]]:
+def _cells(signed: bool, device: torch.device) -> tuple[UInt8[Tensor, "65536"], Float[Tensor, "65536"]]:
     """For floats that share their upper sixteen bits: the least of their codes, and the number above which the code is the next one.
 
     Two neighbouring midpoints between levels never lie among the same such floats.
@@ -43,7 +43,8 @@ def _cells(signed: bool) -> tuple[UInt8[Tensor, "65536"], Float[Tensor, "65536"]
     upper = torch.arange(65536, dtype=torch.int32) << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
     lowest = torch.bucketize(ends.nan_to_num().amin(0), midpoints)
-    return lowest.to(torch.uint8), torch.cat([midpoints, midpoints.new_tensor([float("inf")])])[lowest]
+    above = torch.cat([midpoints, midpoints.new_tensor([float("inf")])])[lowest]
+    return lowest.to(device, torch.uint8), above.to(device)
 
 
 def quantize(values: Float[Tensor, "..."], signed: bool = True) -> tuple[UInt8[Tensor, "..."], Float[Tensor, " blocks"]]:
@@ -57,7 +58,7 @@ def quantize(values: Float[Tensor, "..."], signed: bool = True) -> tuple[UInt8[T
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     unit = (blocks / scale.clamp_min(1e-38)[:, None]).view(-1)[: len(flat)]
-    lowest, above = (cells.to(values.device) for cells in _cells(signed))
+    lowest, above = _cells(signed, values.device)
     upper = (unit.view(torch.int32) >> 16).bitwise_and_(0xFFFF)  # a look-up costs a tenth of a search among the levels
     codes = lowest.index_select(0, upper).add_(unit > above.index_select(0, upper))
     return codes.reshape(values.shape), scale
