@@ -32,7 +32,7 @@ class Sweeps:
         self.folder = folder / "sweeps" / _digest(foundations(recipe))
 
     def kept(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was made for this key, with the ``seconds`` that it took; a ValueError is kept too.
+        """What was made for this key, with the ``seconds`` that it took; a ValueError that is no UserError is kept too.
 
         Raises:
             ValueError: if making it does, or did.
@@ -42,6 +42,8 @@ class Sweeps:
             started = time.perf_counter()
             try:
                 made = make()
+            except UserError:  # of a file, a disk, an argument: another time it may not be there
+                raise
             except ValueError as error:
                 made = {"error": str(error)}
             write_whole(file, json.dumps({"key": key, **made, "seconds": time.perf_counter() - started}))
