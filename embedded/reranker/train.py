@@ -129,7 +129,9 @@ def main() -> None:
         if step % 25 == 24:
             last = curve[-25:]
             print(json.dumps({"step": step + 1, "of": steps, "loss": sum(x[1] for x in last) / 25, "best_first": sum(x[2] for x in last) / 25}), flush=True)
-    model.save_pretrained(args.work / "adapter")
+    model.peft_config["default"].base_model_name_or_path = "embedded"
+    model.to(torch.bfloat16).save_pretrained(args.work / "adapter")  # type: ignore[operator]
+    (args.work / "adapter" / "README.md").unlink()  # a template without content
     with open(args.work / "curve.csv", "w", newline="") as file:
         csv.writer(file).writerows([("step", "loss", "best_first"), *curve])
     (args.work / "result.json").write_text(json.dumps({"examples": len(rows), "steps": steps, "seconds": time.time() - started}, indent=2) + "\n")

@@ -2,14 +2,19 @@
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as Theirs
 
 import tiny
+from echelon.data.passages import passages
 from echelon.errors import UserError
+from echelon.models.loading import embedded_dir, embedded_encoder_dir
+from echelon.models.randomness import own_randomness
 from echelon.rerank import Cache, CrossEncoder, Request
 from echelon.score import CrossEncoderScorer, UnigramOverlap
 
@@ -101,6 +106,40 @@ def test_what_scores_are_is_told_by_the_last_layer(folder):
     assert CrossEncoder((network(), tiny.tokenizer())).rerank([request]).score_kind == "logit"
 
 
+def test_the_embedded_one_is_minilm_with_its_factors_added_and_its_own_head():
+    path, folder = str(embedded_encoder_dir()), embedded_dir() / "reranker"
+    kept, told = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+    with own_randomness(0):
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32).eval()
+    weights = theirs.state_dict()
+    for name, value in kept.items():
+        name, value = name.removeprefix("base_model.model."), value.float()
+        if name.endswith("lora_A.weight"):
+            up = kept[f"base_model.model.{name.replace('lora_A', 'lora_B')}"].float()
+            weights[name.replace("lora_A.", "")] += told["lora_alpha"] / told["r"] * up @ value
+        elif "lora_B" not in name:
+            weights[name].copy_(value)
+    query, docs = "a storm at sea", ["The bread had risen overnight.", "A storm at sea sank the ship.", "Nobody slept while the wind blew. " * 60]
+    pairs = transformers.AutoTokenizer.from_pretrained(path)([query] * 3, docs, truncation="only_second", max_length=256, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**pairs).logits[:, 0].tolist()
+    before = torch.random.get_rng_state()
+    hits = CrossEncoder().rank(query, docs)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert hits[0]["corpus_id"] == 1
+    assert [hit["score"] for hit in sorted(hits, key=lambda hit: hit["corpus_id"])] == pytest.approx(expected, abs=1e-4)
+    assert CrossEncoder().rerank([Request.of(query, docs)]).score_kind == "logit"
+
+
+def test_the_embedded_one_finds_where_words_are_from():
+    texts = [passage.text for passage in passages()][:30]
+    reranker, first = CrossEncoder(max_length=64), 0
+    for place in range(0, 30, 3):
+        query = " ".join(texts[place].split()[20:40:2])
+        first += reranker.rank(query, texts)[0]["corpus_id"] == place
+    assert first >= 9
+
+
 def test_any_scorer_or_function_will_do():
     assert [hit["corpus_id"] for hit in CrossEncoder(UnigramOverlap()).rank("sea storm", ["dry land", "the storm at sea", "a storm"])][-1] == 0
     found = CrossEncoder(lambda query, texts: [len(text) for text in texts]).rank("", ["aa", "b", "cccc", "dd"])
@@ -113,6 +152,7 @@ def test_any_scorer_or_function_will_do():
     (lambda: CrossEncoder("/no/such/model"), "cannot load cross-encoder '/no/such/model'"), (lambda: CrossEncoder(3), "int is no scorer"),
     (lambda: CrossEncoder(lambda query, texts: [1.0]), "one number each"),
     (lambda: CrossEncoder(lambda query, texts: [float("nan")] * 6), "scores must be numbers"),
+    (lambda: CrossEncoder(max_length=513), "max_length is 513; the model reads at most 512"),
     (lambda: CrossEncoder(Theirs, max_length=5), "max_length is 5, and the model is loaded already"),
 ])  # fmt: skip
 def test_what_cannot_score_is_named(make, said):

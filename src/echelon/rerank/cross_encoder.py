@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from echelon.errors import UserError
 from echelon.linalg.checks import whole
 from echelon.llm.resolving import is_address
+from echelon.models.loading import embedded_dir, embedded_encoder_dir
+from echelon.models.randomness import own_randomness
 from echelon.registry import method
 from echelon.rerank.base import Judge, Reranker, Strategy
 from echelon.rerank.judges import ScorerJudge
@@ -35,13 +38,14 @@ class CrossEncoder(Reranker):
     """One forward for query and passage.
 
     Attributes:
-        model: a hub id or folder, a server that reranks (`http://host:port/v1#model`), a sentence-transformers CrossEncoder, a classifier of transformers
-            with its tokenizer, a scorer, or a function of the query and its passages.
+        model: `embedded` (MiniLM with a LoRA, trained on texts alone: a trained hub model, such as `cross-encoder/ms-marco-MiniLM-L6-v2`, is better), a hub id
+            or folder, a server that reranks (`http://host:port/v1#model`), a sentence-transformers CrossEncoder, a classifier of transformers with its
+            tokenizer, a scorer, or a function of the query and its passages.
         batch_size: pairs of one forward.
-        max_length: tokens of a pair at most, for a model that is loaded by name; by default what it takes.
+        max_length: tokens of a pair at most, for a model that is loaded by name; by default what it takes, and 256 for `embedded`.
     """
 
-    model: Any = "cross-encoder/ms-marco-MiniLM-L6-v2"
+    model: Any = "embedded"
     batch_size: int = 32
     max_length: int | None = None
 
@@ -76,6 +80,8 @@ class CrossEncoder(Reranker):
         model = self.model
         if is_address(model):
             return ServedScorer.at(model, batch_size=self.batch_size)
+        if model == "embedded":
+            return RewardModel(*_embedded(self.max_length or 256), batch_size=self.batch_size)
         if isinstance(model, (str, Path)):
             return CrossEncoderScorer(_loaded(str(model), self.max_length), self.batch_size)
         if isinstance(model, tuple) and len(model) == 2:
@@ -83,6 +89,19 @@ class CrossEncoder(Reranker):
         if hasattr(model, "predict") and hasattr(model, "rank"):
             return CrossEncoderScorer(model, self.batch_size)
         return as_scorer(model)
+
+
+def _embedded(max_length: int) -> tuple[PreTrainedModel, Any]:
+    """The encoder that ships, with the adapter and the head that make a cross-encoder of it."""
+    path = str(embedded_encoder_dir())
+    config = AutoConfig.from_pretrained(path, num_labels=1)
+    if max_length > config.max_position_embeddings:
+        raise ValueError(f"max_length is {max_length}; the model reads at most {config.max_position_embeddings} tokens")
+    with own_randomness(0):
+        model = AutoModelForSequenceClassification.from_config(config)
+        model.base_model.load_state_dict(AutoModel.from_pretrained(path, dtype=torch.float32).state_dict())
+        merged: Any = PeftModel.from_pretrained(model, str(embedded_dir() / "reranker")).merge_and_unload()  # type: ignore[operator]
+    return merged, AutoTokenizer.from_pretrained(path, model_max_length=max_length)
 
 
 def _loaded(name: str, max_length: int | None) -> Any:
