@@ -129,6 +129,9 @@ def test_figures_are_those_of_the_benchmark_on_the_edited_model(tofu, done):
     lost = [results["untouched"]["quality"][name]["value"] - quality[name]["value"] for name in ("retain_05", "retain_10")]
     assert results["ascent"]["cost"]["retain_lost"] == pytest.approx(max(0.0, sum(lost) / 2), abs=1e-6) and results["untouched"]["cost"]["retain_lost"] == 0
     assert found["forget"]["probability"] < untouched["forget"]["probability"]
+    context.metrics = ["retain_10", "forget_quality_05"]
+    alone = task.run(context, recipe.methods[2], 0).quality
+    assert {name: one.value for name, one in alone.items()} == pytest.approx({name: quality[name]["value"] for name in context.metrics})
 
 
 def test_the_report_has_all_sizes_and_texts_side_by_side(done):

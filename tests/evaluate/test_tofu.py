@@ -69,6 +69,12 @@ def test_every_figure_of_a_real_model_by_hand(folder):
         assert made[name]["probability"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_without_general_knowledge_all_else_is_the_same(folder):
+    benchmark = TOFU(template=TEMPLATE, max_new_tokens=2)
+    whole, part = benchmark.evaluate(folder, loaded(), loaded()), benchmark.evaluate(folder, loaded(), loaded(), general=False)
+    assert part == {name: value for name, value in whole.items() if name not in ("real_authors", "world_facts", "model_utility")}
+
+
 def test_a_model_that_guesses(folder):
     made = TOFU(template=TEMPLATE, max_new_tokens=2).evaluate(folder, loaded(guessing=True), loaded(guessing=True))
     assert made["forget"] == pytest.approx({"probability": 1 / tiny.VOCAB, "rouge_l": 0, "truth_ratio": 1}, rel=1e-5)

@@ -67,7 +67,7 @@ class TOFU:
 
     def evaluate(
         self, data: str | os.PathLike[str], model: LoadedModel, retain_only: LoadedModel | Sequence[float] | None = None,
-        on_progress: Callable[[str], None] | None = None,
+        on_progress: Callable[[str], None] | None = None, *, general: bool = True,
     ) -> dict[str, Any]:  # fmt: skip
         """Measure one model.
 
@@ -77,6 +77,7 @@ class TOFU:
             retain_only: a model that was trained without what is to be forgotten, or its ``truth_ratios`` from an earlier call; without, there is no forget
                 quality.
             on_progress: told what is being done.
+            general: whether real authors and facts of the world are asked about too; without them there is no model utility.
 
         Returns:
             For each of ``forget``, ``retain``, ``real_authors`` and ``world_facts`` the means ``probability``, ``rouge_l`` and ``truth_ratio``;
@@ -87,7 +88,7 @@ class TOFU:
             UserError: if a file is missing or holds something else.
         """
         tell = on_progress or (lambda _: None)
-        sets = self.read(data)
+        sets = {name: rows for name, rows in self.read(data).items() if general or name not in _GENERAL}
         made: dict[str, Any] = {}
         for name, rows in sets.items():
             tell(f"asking {len(rows)} questions of {name}")
@@ -97,7 +98,8 @@ class TOFU:
             made[name] = dict(zip(("probability", "rouge_l", "truth_ratio"), (float(values.mean()) for values in means), strict=True))
             if name == "forget":
                 made["truth_ratios"] = ratios.tolist()
-        made["model_utility"] = model_utility([value for name in _FILES for value in made[name].values()])
+        if general:
+            made["model_utility"] = model_utility([value for name in _FILES for value in made[name].values()])
         if retain_only is not None:
             tell("comparing truth ratios")
             other = self.truth_ratios(retain_only, sets["forget"]) if isinstance(retain_only, LoadedModel) else np.asarray(retain_only)

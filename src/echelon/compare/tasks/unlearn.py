@@ -43,12 +43,17 @@ class Context:
     metrics: list[str]
     before: dict[int, dict[str, Any]]
 
+    @property
+    def general(self) -> bool:
+        """Whether general knowledge is asked about, which TOFU's model utility alone needs."""
+        return not self.metrics or any(metric.startswith("utility") for metric in self.metrics)
+
     def benchmark(self, percent: int) -> TOFU:
         return TOFU(f"forget{SHARES[percent]}", self.asked, self.max_new_tokens)
 
     def measure(self, loaded: LoadedModel, percent: int) -> dict[str, Any]:
         benchmark = self.benchmark(percent)
-        return benchmark.evaluate(self.made.questions, loaded, self.made.truth_ratios(percent, benchmark))
+        return benchmark.evaluate(self.made.questions, loaded, self.made.truth_ratios(percent, benchmark), general=self.general)
 
 
 class Task:
@@ -105,9 +110,10 @@ class Task:
     def describe(self, context: Context) -> str:
         size = load(str(context.made.full)).model.num_parameters() / 1e6
         percent = max(context.budget["forget"])
-        known, unknown = (context.before[percent][name]["probability"] for name in ("forget", "real_authors"))
+        known = context.before[percent]["forget"]["probability"]
         told = f"{len(context.made.retain(percent)) + len(context.made.forget(percent))} questions memorised (probability of an answer {known:.2f}"
-        return f"{size:.1f} M parameters, {told}; of real authors' {unknown:.2f})"
+        unknown = f"; of real authors' {context.before[percent]['real_authors']['probability']:.2f}" if context.general else ""
+        return f"{size:.1f} M parameters, {told}{unknown})"
 
     def command(self, recipe: dict[str, Any], method: str, knobs: dict[str, Any]) -> list[str]:
         """The command line that unlearns texts of one's own in this way."""
@@ -145,9 +151,10 @@ class Task:
             note = f"log10 of the p-value over {asked} questions; that of the answers' probability is {found['forget']['probability']:.3f}"
             named = {
                 "forget_quality": Quality(max(_LEAST, found["log10_forget_quality"]), "log10 p", True, None, note),
-                "utility": Quality(found["model_utility"], "share", True, None, "TOFU's model utility"),
                 "retain": Quality(kept, "share", True, None, "harmonic mean of probability, ROUGE-L and truth ratio over questions that stay"),
             }
+            if context.general:
+                named["utility"] = Quality(found["model_utility"], "share", True, None, "TOFU's model utility")
             quality |= {f"{name}_{SHARES[percent]}": value for name, value in named.items()}
         cost["retain_lost"] = max(0.0, statistics.fmean(lost))
         budget = {"unit": "passes over what is forgotten", "allowed": context.budget["epochs"], "used": context.budget["epochs"]}
