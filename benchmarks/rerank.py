@@ -5,7 +5,7 @@
 1. Every strategy on 200 queries of 100 candidates with a judge that knows the answers and takes no time.
 2. PRP (heapsort) and setwise ranking by likelihood on 20 queries of 100 candidates, by a random Llama of 64 M parameters with the embedded tokenizer: the first
    ``--prompts`` of them through the executor, with what prompts begin with in common read once, against the same prompts one at a time (a sample, scaled).
-3. A random cross-encoder of MiniLM's size on 50 queries of 100 passages, against sentence-transformers' ``predict`` on all pairs and query by query.
+3. A random cross-encoder of MiniLM's size on 20 queries of 50 passages, against sentence-transformers' ``predict`` on all pairs and query by query.
 
 All sides run in this process and take turns.
 """
@@ -146,7 +146,7 @@ def cross_encoders(args: argparse.Namespace) -> list[str]:
         transformers.BertForSequenceClassification(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         model = sentence_transformers.CrossEncoder(folder, max_length=256, device=args.device)
-    requests = texts(*((4, 10) if args.quick else (50, 100)), 80)
+    requests = texts(*((4, 10) if args.quick else (20, 50)), 80)
     pairs = [(request.query, doc.text) for request in requests for doc in request.docs]
 
     def by_query() -> None:
