@@ -50,10 +50,11 @@ def test_results_have_their_parts(tmp_path):
 def test_asking_again_runs_nothing_and_editing_a_knob_runs_that_method_alone(tmp_path):
     log = tmp_path / "log"
     data = {"log": str(log)}
-    compare(recipe("aa", "bbb", seeds=[0, 1], data=data), tmp_path / "out")
+    first = compare(recipe("aa", "bbb", seeds=[0, 1], data=data), tmp_path / "out")
     assert sum(lines(log).values()) == 4
-    compare(recipe("aa", "bbb", seeds=[0, 1], data=data), tmp_path / "out")
+    again = compare(recipe("aa", "bbb", seeds=[0, 1], data=data), tmp_path / "out")
     assert sum(lines(log).values()) == 4
+    assert {tuple(result["quality"]) for result in [*first, *again]} == {("score", "loss")}  # the first one is what the recommendation is about
     compare(recipe("aa", {"name": "bbb", "knobs": {"mean": 1}}, seeds=[0, 1], data=data), tmp_path / "out")
     assert lines(log) == {"aa 0": 1, "aa 1": 1, "bbb 0": 2, "bbb 1": 2}
     renamed = compare(recipe("aa", {"name": "bbb", "knobs": {"mean": 1}, "label": "other"}, seeds=[0, 1], data=data), tmp_path / "out")

@@ -35,7 +35,7 @@ def read_results(out: str | Path) -> list[dict[str, Any]]:
 
 
 def write_results(out: Path, results: Sequence[dict[str, Any]]) -> None:
-    write_whole(out / "results.jsonl", "".join(json.dumps(result, sort_keys=True) + "\n" for result in results))
+    write_whole(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
 
 
 def per_unit(out: str | Path, result: dict[str, Any], metric: str) -> np.ndarray | None:

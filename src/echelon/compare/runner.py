@@ -73,8 +73,8 @@ def compare(recipe: Recipe, out: str | Path, on_progress: Progress | None = None
                     ok = result["run"]["status"] == "finished"
                     (done if ok else failed)[run.key] = result
                     if ok:
-                        write_whole(out / "runs" / run.key / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
-                    append_line(out / "results.jsonl", json.dumps(result, sort_keys=True))
+                        write_whole(out / "runs" / run.key / "result.json", json.dumps(result, indent=2) + "\n")
+                    append_line(out / "results.jsonl", json.dumps(result))
                 left = sum(other.key not in done and other.key not in failed for other in runs)
                 seconds = (time.monotonic() - started) / max(1, spent) * left
                 status = "failed" if run.key in failed else "finished"
