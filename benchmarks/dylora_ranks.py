@@ -3,7 +3,8 @@
     python benchmarks/dylora_ranks.py [--e2e FOLDER] [--quick]
 
 On the embedded model: sentences for meanings with the folder of the E2E NLG Challenge, else the prose that ships. All trainings see the same batches in the
-same order, DyLoRA twice as many of them as each LoRA: a quarter of what eight LoRAs take together. Learning rates are chosen from two for each training by
+same order, DyLoRA twice as many of them as each LoRA: a quarter of what eight LoRAs take together. It is trained in both of its ways: ``last`` trains what the
+drawn rank has beyond the next lower one, ``all`` everything up to it. Learning rates are chosen from two for each training by
 short ones, on units that are neither trained on nor tested. "Cut" keeps the largest singular directions of each layer's product. Losses are means over test
 units, weighted by tokens; intervals are of paired differences over these units.
 """
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 
-from echelon.adapt import rank_report
 from echelon.compare.adapted import Adapted, Batches, adapted, config_of
 from echelon.compare.recipe import MethodEntry, load_recipe
 from echelon.compare.tasks.adapt import Task
@@ -45,12 +45,12 @@ class Runs:
         [self.task], self.options = context.tasks, options
         self.rows = context.rows[self.task.name]
 
-    def run(self, name: str, rank: int, steps: int) -> tuple[Adapted, float, float]:
+    def run(self, name: str, rank: int, steps: int, **more: Any) -> tuple[Adapted, float, float]:
         """A trained adapter, its learning rate, and the seconds that both took."""
         started = time.perf_counter()
 
         def trained(knobs: dict[str, Any], count: int) -> Adapted:
-            config = config_of(name, {"r": rank}, TARGETS, steps=count, task_type="CAUSAL_LM")
+            config = config_of(name, {"r": rank, **more}, TARGETS, steps=count, task_type="CAUSAL_LM")
             return adapted(self.task, Batches(self.rows, self.options.batch_size, count, 0), config, lr=knobs["lr"])
 
         entry = MethodEntry(name, {}, name, {"lr": self.options.lr})
@@ -97,10 +97,15 @@ def main() -> None:
         options.steps, options.batch_size, options.units, options.tune_units, ranks = 4, 2, 6, 3, [1, 2, options.r]
     load = os.getloadavg()[0]
     runs = Runs(options)
-    nested, nested_lr, nested_seconds = runs.run("dylora", options.r, 2 * options.steps)
-    found: dict[int, np.ndarray] = {}
-    rank_report(nested.tuned, lambda _: float(found.setdefault(len(found), runs.losses(nested)).mean()), ranks)
-    dylora = dict(zip(ranks, found.values(), strict=True))
+    dylora: dict[str, dict[int, np.ndarray]] = {}
+    took = []
+    for update in ("last", "all"):
+        nested, rate, taken = runs.run("dylora", options.r, 2 * options.steps, update=update)
+        dylora[update] = {}
+        for rank in ranks:
+            nested.tuned.set_rank(rank)
+            dylora[update][rank] = runs.losses(nested)
+        took.append(f"{taken:.0f} s with update={update} (lr {rate:g})")
     alone, rates, seconds, shrunk, kept = {}, {}, 0.0, {}, {}
     for rank in ranks:
         made, rates[rank], taken = runs.run("lora", rank, options.steps)
@@ -113,17 +118,17 @@ def main() -> None:
     lines = [
         "# DyLoRA at every rank", "", f"    {command}", "",
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; load average {load:.1f} before. {where}: {options.steps} steps "
-        f"of {options.batch_size} rows (DyLoRA {2 * options.steps}), {len(dylora[ranks[0]])} test units, one seed.", "",
-        f"One DyLoRA for all ranks took {nested_seconds:.0f} s with its two short trainings (lr {nested_lr:g}); {len(ranks)} LoRAs took {seconds:.0f} s.", "",
-        f"| rank | DyLoRA, loss | LoRA of this rank, loss | its lr | DyLoRA less LoRA | LoRA of rank {options.r} cut, loss | DyLoRA less cut |",
-        "|---|---|---|---|---|---|---|",
+        f"of {options.batch_size} rows (DyLoRA {2 * options.steps}), {len(alone[ranks[0]])} test units, one seed.", "",
+        f"One DyLoRA for all ranks took {' and '.join(took)}, its two short trainings included; {len(ranks)} LoRAs took {seconds:.0f} s. Losses:", "",
+        f"| rank | DyLoRA, last | DyLoRA, all | LoRA of this rank | its lr | LoRA of rank {options.r} cut | last less LoRA | all less LoRA | all less cut |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for rank in ranks:
-        gaps = [paired(dylora[rank], other[rank]) for other in (alone, shrunk)]
-        told = [f"{gap.difference:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})" for gap in gaps]
-        lines.append(
-            f"| {rank} | {dylora[rank].mean():.4f} | {alone[rank].mean():.4f} | {rates[rank]:g} | {told[0]} | {shrunk[rank].mean():.4f} | {told[1]} |"
-        )
+        last, both = dylora["last"][rank], dylora["all"][rank]
+        gaps = [paired(one, other[rank]) for one, other in ((last, alone), (both, alone), (both, shrunk))]
+        told = [f"{gap.difference:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" for gap in gaps]
+        means = [f"{losses.mean():.3f}" for losses in (last, both, alone[rank], shrunk[rank])]
+        lines.append("| " + " | ".join([str(rank), *means[:3], f"{rates[rank]:g}", means[3], *told]) + " |")
     write_whole(options.out, "\n".join([*lines, ""]))
     print("\n".join(lines))
 
