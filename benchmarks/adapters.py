@@ -177,7 +177,7 @@ def starting(case: str, size: str) -> dict[str, float]:
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
     made(input_ids=ids, labels=ids).loss.backward()  # libraries get what they keep
     made.zero_grad()
-    kept = {"plain backward": 0, "LoRA-SB": 1, "FILA": 2}[case]
+    kept = {"plain backward": 0, "LoRA-SB": 1, "FILA": 3}[case]  # FILA: of both sets, and the weights as they were
     with Resident() as seen:
         if case == "plain backward":
             made(input_ids=ids, labels=ids).loss.backward()
@@ -186,23 +186,23 @@ def starting(case: str, size: str) -> dict[str, float]:
         else:
             information = fisher(made, names, rows, batch_size=4), fisher(made, names, rows[::-1], batch_size=4)
             fila_init(get_peft_model(made, LoraConfig(r=16, lora_alpha=32, target_modules=names)), *information)  # type: ignore[arg-type]
-    return {"model": sum(4 * p.numel() for p in made.parameters()), "sums": 4 * kept * sum(numbers), "largest": 4 * max(numbers), "peak": seen.bytes,
+    return {"model": sum(4 * p.numel() for p in made.parameters()), "kept": 4 * kept * sum(numbers), "largest": 4 * max(numbers), "peak": seen.bytes,
             "seconds": seen.seconds}  # fmt: skip
 
 
 def starts(sizes: list[str]) -> list[str]:
     lines = [
         "## Starting from gradients", "",
-        "Rank 16, all linear layers, one batch of 4 rows and 32 tokens, float32 on the CPU, MB. \"Beside\" is the peak over what was there before, less the "
-        "sums of gradients that are the result; in it are activations, one decomposition in float64, and weight gradients: all of them in a plain backward, "
-        "one at a time in the others.", "",
-        "| model | start | model | sums kept | beside | largest weight gradient | all weight gradients | seconds |", "|---|---|---|---|---|---|---|---|",
+        "Rank 16, all linear layers, one batch of 4 rows and 32 tokens, float32 on the CPU, MB. \"Kept\" is the result: sums of gradients (FILA: of both "
+        "sets), and FILA's copy of the weights that it changes. \"Beside\" is the peak over what was there before, less that; in it are activations, one "
+        "decomposition in float64, and weight gradients: all of them in a plain backward, one at a time in the others.", "",
+        "| model | start | model | kept | beside | largest weight gradient | all weight gradients | seconds |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for size in sizes:
         for case in CASES:
             found = child(case, size)
-            beside = found["peak"] - found["sums"]
-            cells = [f"{value / 1e6:.1f}" for value in (found["model"], found["sums"], beside, found["largest"], found["model"])]
+            beside = found["peak"] - found["kept"]
+            cells = [f"{value / 1e6:.1f}" for value in (found["model"], found["kept"], beside, found["largest"], found["model"])]
             lines.append(f"| {size} | {case} | " + " | ".join(cells) + f" | {found['seconds']:.1f} |")
             print(lines[-1], file=sys.stderr)
     return [*lines, ""]
