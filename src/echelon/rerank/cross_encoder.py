@@ -31,7 +31,7 @@ from echelon.score.served import ServedScorer
 @method(
     kind="reranker", name="cross_encoder", title="Passage Re-ranking with BERT", arxiv="1901.04085", year=2019,
     summary="Score each passage together with the query by a trained cross-encoder, the pairs of all queries in batches of one length.",
-    needs="a trained cross-encoder; names and folders need sentence-transformers (the extra `embedded`)",
+    needs="a trained cross-encoder; a small one ships (MiniLM with LoRA), and others load by name, both with the extra `embedded`",
 )  # fmt: skip
 @dataclass(frozen=True)
 class CrossEncoder(Reranker):
