@@ -59,7 +59,9 @@ def fisher(model: nn.Module, names: Sequence[str], rows: Sequence[Row], *, batch
 
     found = collect_gradients(model, names, batches, sums=False, squares=True, per_sample=per_sample, loss=loss)
     tokens = over_processes(sum(int(token_counts(batch["labels"]).sum()) for batch in batches), next(model.parameters()).device)
-    return {name: found.squares[name].div_(max(1, tokens)) for name in names}
+    for square in found.squares.values():
+        square.div_(max(1, tokens))
+    return found.squares
 
 
 def row_importance(forget: Float[Tensor, "out in"], retain: Float[Tensor, "out in"], eps: float = 1e-5) -> Float[Tensor, " out"]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from echelon.errors import UserError
@@ -93,6 +92,8 @@ class CrossEncoder(Reranker):
 
 def _embedded(max_length: int) -> tuple[PreTrainedModel, Any]:
     """The encoder that ships, with the adapter and the head that make a cross-encoder of it."""
+    from peft import PeftModel
+
     path = str(embedded_encoder_dir())
     config = AutoConfig.from_pretrained(path, num_labels=1)
     if max_length > config.max_position_embeddings:
