@@ -383,7 +383,7 @@ def test_users_name_engines_in_many_ways(tmp_path):
     assert resolve(made) is made and isinstance(resolve("embedded"), LocalEngine)
     assert resolve((network("llama"), tiny.tokenizer()), batch_tokens=7).batch_tokens == 7
     served = resolve("http://localhost:8000/v1#some/model", concurrency=2)
-    assert isinstance(served, Engine) and served.identity == "server:http://localhost:8000/v1#some/model:chat" and served.concurrency == 2
+    assert isinstance(served, Engine) and served.name == "http://localhost:8000/v1#some/model" and served.concurrency == 2
     for spec, options, said in [
         (3, {}, "int is no engine"), ("http://localhost:8000/v1", {}, "names no model"), ("embedded", {"nosuch": 1}, "nosuch"),
         (made, {"batch_tokens": 3}, "is made already"), ("embedded", {"batch_tokens": 0}, "batch_tokens is 0"),

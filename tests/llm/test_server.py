@@ -84,7 +84,12 @@ def test_choices_are_scored_where_the_answer_comes_to_them():
         begun = engine(url, prefill=True).score_choices(asked("x", prefix="Passage"), [[" A", " B"]])
         assert begun[0].tolist() == pytest.approx([-0.3, -1.5]) and seen[-1][1]["messages"][-1] == {"role": "assistant", "content": "Passage"}
         assert seen[-1][1]["max_tokens"] == 1 and seen[-1][1]["add_generation_prompt"] is False
-        assert made.identity != engine(url, prefill=True).identity != engine(url, prefill=True, extra={"a": 1}).identity
+
+
+def test_what_answers_depend_on_is_in_the_identity():
+    knobs = {"prefill": True, "chat": False, "top_logprobs": 5, "context_length": 99, "tokenizer": "t", "extra": {"a": 1}}
+    identities = [engine("http://a/v1").identity, engine("http://b/v1").identity, *(engine("http://a/v1", **{k: v}).identity for k, v in knobs.items())]
+    assert len(set(identities)) == 8 and engine("http://a/v1", concurrency=3, retries=1).identity == identities[0]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,12 @@ def test_scores_are_kept_by_the_weights_and_what_is_around_them(folder):
     with torch.no_grad():
         next(other.model.parameters()).add_(1.0)
     assert CrossEncoder(other).rerank([request], cache=cache).stats.prompts == 6
+    asked = []
+    for length in (30, 5, 5):
+        tokenizer = copy.deepcopy(tiny.tokenizer())
+        tokenizer.model_max_length = length
+        asked.append(CrossEncoder((network(), tokenizer)).rerank([request], cache=cache).stats.prompts)
+    assert asked == [6, 6, 0]
 
 
 def test_what_scores_are_is_told_by_the_last_layer(folder):

@@ -62,7 +62,8 @@ class ServerEngine(Endpoint, Engine):
 
     @property
     def identity(self) -> str:
-        return f"server:{self.name}:{'chat' if self.chat else 'text'}{':prefill' if self.prefill else ''}{self.beside}"
+        depends = (self.chat, self.prefill, self.top_logprobs, self.context_length, self.tokenizer)
+        return f"server:{self.name} {json.dumps(depends)}{self.beside}"
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class ServerEngine(Endpoint, Engine):
     ) -> list[list[Generation]]:  # fmt: skip
         check_generation(max_new_tokens, temperature, n)
         if constraint is not None:
-            raise UserError(f"{self.identity} cannot be held to a constraint; use a local model, or generate without it")
+            raise UserError(f"{self.name} cannot be held to a constraint; use a local model, or generate without it")
         bodies = [self._body(prompt, max_new_tokens, temperature, seed=seed + k, stop=stop) for prompt in prompts for k in range(n)]
         try:
             made = self._completed(bodies, [lambda answer: self._generation(answer, stop)] * len(bodies))

@@ -65,7 +65,8 @@ class CrossEncoder(Reranker):
         network = model if isinstance(model, PreTrainedModel) else getattr(model, "model", None)
         if not isinstance(network, PreTrainedModel):
             return ScorerJudge(scorer)
-        around = (getattr(model, "max_length", None), getattr(model, "activation_fn", None), getattr(scorer, "chat", False))
+        length = getattr(model, "max_length", getattr(getattr(scorer, "tokenizer", None), "model_max_length", None))
+        around = (length, getattr(model, "activation_fn", None), getattr(scorer, "chat", False))
         return ScorerJudge(scorer, lambda: f"{_identity(network)} {around}")
 
     @cached_property
