@@ -4,7 +4,8 @@
 
 1. Every strategy on 200 queries of 100 candidates with a judge that knows the answers and takes no time.
 2. PRP (heapsort) and setwise ranking by likelihood on 20 queries of 100 candidates, by a random Llama of 64 M parameters with the embedded tokenizer: the first
-   ``--prompts`` of them through the executor, with what prompts begin with in common read once, against the same prompts one at a time (a sample, scaled).
+   ``--prompts`` of them through the executor, with what prompts begin with in common read once, against the same prompts one at a time (a sample, scaled;
+   what the answers of one prompt begin with in common is read once there too).
 3. A random cross-encoder of MiniLM's size on 20 queries of 50 passages, against sentence-transformers' ``predict`` on all pairs and query by query.
 
 All sides run in this process and take turns.
@@ -105,7 +106,7 @@ def asked_together(args: argparse.Namespace) -> list[str]:
             found: dict[str, Any] = {}
             taken, mib = measured(lambda: found.update(made=reranker.rerank(requests, budget=Budget(prompts=most), trace=True)), args.device)  # noqa: B023
             through.append(taken)
-            judge, made = make(LocalEngine(loaded, prefix_cache=False)).judge, found["made"]
+            judge, made = reranker.judge, found["made"]
             questions = [judgement.question for judgement in made.trace if not judgement.known]
             few = random.Random(1).sample(questions, min(args.sample, len(questions)))
             taken, alone_mib = measured(lambda: [judge.answer([question]) for question in few], args.device)  # noqa: B023
