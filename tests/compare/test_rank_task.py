@@ -135,7 +135,7 @@ def test_the_order_of_a_given_run_is_the_first_stage_and_retrievers_stay_among_i
     first = searched(place, "one", BM25(b=0.0), 4)
     write_run(tmp_path / "first.run", {qid: {doc: -score for doc, score in scores.items()} for qid, scores in first.items()})
     data = {"collections": [{"path": str(place / "one"), "candidates": str(tmp_path / "first.run")}]}
-    recipe = load_recipe({**told, "data": data, "metrics": ["nDCG@10", "R@100"], "methods": ["first_stage", "bm25"], "timing_rounds": 0})
+    recipe = load_recipe({**told, "data": data, "metrics": ["nDCG@10", "R@100"], "methods": ["first_stage", "bm25"], "baseline": "first_stage"})
     done = summary_of(tmp_path / "out", recipe, compare(recipe, tmp_path / "out"))
     given = by_hand(place, "one", "nDCG@10", read_run(tmp_path / "first.run"))
     assert done.row("first_stage").values["nDCG@10"].mean == pytest.approx(statistics.fmean(given))

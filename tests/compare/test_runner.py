@@ -140,6 +140,7 @@ def test_timing_goes_round_all_methods_and_a_drift_of_the_machine_cancels(tmp_pa
     measured = {name: [cost * clock[3 * r + k] for r in range(5)] for k, (name, cost) in enumerate({"a": 1, "b": 2, "c": 3}.items())}
     found = ratios(measured, "a")
     assert found["b"] == pytest.approx(2, rel=0.05) and found["c"] == pytest.approx(3, rel=0.05)
+    assert ratios({"a": [0.0], "b": [2.0]}, "a") == {} and ratios({"a": [0.0], "b": [2.0]}, "b") == {"a": 0.0, "b": 1.0}
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -123,8 +123,10 @@ def _time_again(recipe: Recipe, runs: list[Run], out: Path, place: "_Place", tel
 
 
 def ratios(measured: dict[str, list[float]], baseline: str) -> dict[str, float]:
-    """Median over the rounds of each method's time over the baseline's in the same round."""
+    """Median over the rounds of each method's time over the baseline's in the same round; none where that takes no time, as a first stage does."""
     base = measured.get(baseline) or next(iter(measured.values()))
+    if 0 in base:
+        return {}
     return {label: statistics.median(a / b for a, b in zip(times, base, strict=False)) for label, times in measured.items() if times}
 
 
