@@ -54,7 +54,7 @@ def told(place):
         "data": {"collections": [str(place / "one"), {"path": str(place / "two"), "candidates": "judged"}]},
         "metrics": ["nDCG@10", "AP", "R@2 one", "nDCG@10 two"],
         "methods": ["first_stage", "bm25", {"name": "bm25", "label": "bm25 flat", "knobs": {"b": 0.0, "k1": 0.0}},
-                    {"name": "pointwise", "knobs": {"scoring": "query_likelihood"}}],
+                    {"name": "pointwise", "knobs": {"scoring": "query_likelihood"}}, {"name": "cross_encoder", "knobs": {"max_length": 32}}],
     }  # fmt: skip
 
 
@@ -118,6 +118,7 @@ def test_a_reranker_gets_the_first_stages_candidates_and_its_costs_are_counted(p
     assert row.values["nDCG@10"].mean == pytest.approx(statistics.fmean(both)) and row.cost["prompts_per_query"] == prompts / 16
     assert 0 < row.cost["prompts_per_query"] <= 3 and row.cost["tokens_per_query"] > 0 and row.cost["seconds_per_query"] > 0
     assert row.values["AP"].mean != done.row("bm25").values["AP"].mean
+    assert done.row("cross_encoder").cost["prompts_per_query"] == row.cost["prompts_per_query"] and "tokens_per_query" not in done.row("cross_encoder").cost
 
 
 def test_the_report_says_what_was_measured_and_the_recommendation_what_to_run(done):

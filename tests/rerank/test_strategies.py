@@ -126,7 +126,7 @@ def test_passes_that_stop_early_find_what_whole_passes_find(seed):
 def test_whoever_always_names_the_first_decides_nothing_in_both_orders():
     for strategy in (AllPairs(), PairPasses()):
         assert order_of(strategy, 30, FIRST)[0] == list(range(30))
-    assert sorted(order_of(PairHeap(), 30, FIRST)[0]) == list(range(30))
+    assert order_of(PairHeap(top_k=4), 30, FIRST)[0] == [0, 29, 28, 27, *range(1, 27)]  # a heap does not keep the order of ties
     for strategy in (AllPairs(both_orders=False), PairPasses(both_orders=False), PairHeap(both_orders=False)):
         assert order_of(strategy, 30, FIRST)[0] != list(range(30))
 

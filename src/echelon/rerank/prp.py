@@ -25,7 +25,10 @@ from echelon.rerank.strategies.pairwise import AllPairs, PairHeap, PairPasses
 )  # fmt: skip
 @dataclass(frozen=True)
 class PRP(Reranker):
-    """Pairs are shown in both orders, and one wins if both answers name it; all else is a tie, and the first stage decides.
+    """Pairs are shown in both orders, and one wins if both answers name it; all else is a tie.
+
+    Ties leave the order of the first stage to `allpair` and `sliding`. A heap does not keep it: where a model cannot tell passages apart and most pairs are
+    ties, `heapsort` ranks the last documents right behind the first.
 
     Attributes:
         strategy: `heapsort` (few prompts), `sliding` (passes from the end, one place each), or `allpair` (n (n - 1) prompts that do not wait for each other).

@@ -256,7 +256,8 @@ class Task:
             results.append(reranker.rerank(requests_of(first, held.queries, held.documents), depth=context.rerank))
         stats = [result.stats for result in results]
         cost = {f"{name}_per_query": sum(getattr(one, name) for one in stats) / queries for name in ("seconds", "prompts")}
-        cost["tokens_per_query"] = sum(one.prompt_tokens + one.generated_tokens for one in stats) / queries
+        if tokens := sum(one.prompt_tokens + one.generated_tokens for one in stats):  # scorers do not count theirs
+            cost["tokens_per_query"] = tokens / queries
         failures = {status: sum(one.failures.get(status, 0) for one in stats) for one in stats for status in one.failures}
         asked = sum(one.calls for one in stats)
         return [result.runs for result in results], cost, [f"{count} of {asked} answers were {status}" for status, count in failures.items()]
