@@ -128,6 +128,16 @@ def test_what_prompts_begin_with_in_common_is_forwarded_once():
     assert counts == {True: 30 + 3 * 21 + 12 * 5, False: 12 * 56}
 
 
+def test_choices_behind_one_prompt_stand_in_one_row():
+    made, choices = engine(), [f" w{i} w{i + 20}" for i in range(1, 11)]
+    seen, handle = watched(made)
+    [scores] = made.score_choices([Prompt((("user", words(*range(30))),))], [choices])
+    handle.remove()
+    assert seen == [((1, 30), 30), ((1, 1, 10, 40), 10)]
+    alone = engine(prefix_cache=False).score_choices([Prompt((("user", words(*range(30))),))], [choices])
+    np.testing.assert_allclose(scores, alone[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_no_batch_is_larger_than_its_tokens_allow(family):
     made = engine(family, batch_tokens=170)
@@ -135,7 +145,7 @@ def test_no_batch_is_larger_than_its_tokens_allow(family):
     made.score_choices(prompts(), [[" w1", " w2 w3"]] * len(prompts()))
     made.generate(prompts()[:6], max_new_tokens=4, n=2)
     handle.remove()
-    assert all(rows * columns <= 170 for (rows, columns), _ in seen if rows > 1) and max(rows for (rows, _), _ in seen) > 2
+    assert all(rows * columns <= 170 for (rows, *_, columns), _ in seen if rows > 1) and max(rows for (rows, *_), _ in seen) > 2
 
 
 def test_answers_do_not_depend_on_order_and_company():

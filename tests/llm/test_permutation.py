@@ -69,6 +69,8 @@ def test_a_ranking_is_read_in_every_form(order, identifiers, data):
         ("", (0, 1, 2), "unparseable", (0, 3, 0)),
         ("I cannot rank the 20 passages, sorry.", (0, 1, 2), "unparseable", (0, 3, 0)),
         ("I looked at all 3 passages in 2 minutes.", (0, 1, 2), "unparseable", (0, 3, 0)),
+        ("These are the passages:\n\n1. Passage 2\n2. Passage 1\n3. Passage 3", (1, 0, 2), "complete", (0, 0, 0)),
+        ("The passages: 1. Passage 3, 2) document 2, 3: Passage 1", (2, 1, 0), "complete", (0, 0, 0)),
         ("I ranked the 20 passages: 3 > 1 > 2", (2, 0, 1), "complete", (0, 0, 0)),
         ("<think>[2] > [1] > [3]", (0, 1, 2), "unparseable", (0, 3, 0)),
         ("<think>[2] > [1]</think><THINK>[3]", (0, 1, 2), "unparseable", (0, 3, 0)),

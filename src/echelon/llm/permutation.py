@@ -232,6 +232,7 @@ def _listed(text: str, token: str) -> list[str]:
 
 
 def _labelled(text: str, token: str) -> list[str]:
-    """``Passage 3``, ``document #3``: in the order of first mention."""
-    named: list[str] = re.findall(rf"(?<!\w){_NOUNS}\s*(?:[:#]\s*)?[\[(]?({token})(?!\w)", text)
+    """``Passage 3``, ``document #3``: in the order of first mention. What numbers a label (``1. Passage 3``) is none."""
+    gap = r"[^\S\n]*"
+    named: list[str] = re.findall(rf"(?<!\w){_NOUNS}{gap}(?:[:#]{gap})?[\[(]?({token})(?!\w|{gap}[.):]{gap}{_NOUNS})", text)
     return list(dict.fromkeys(named))

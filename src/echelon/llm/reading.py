@@ -1,12 +1,15 @@
 """Token sequences through a model, many at a time: shared beginnings once, and logits only where they are asked for.
 
 A model whose attention sees every earlier token and which takes position ids reads sequences as a tree: the rows of a batch lie behind the
-keys and values of the nodes that they branch from, filled up on the right, with their positions told. Any other model (attention in a
-sliding window, a recurrent state, positions of its own) reads each sequence from its beginning.
+keys and values of the nodes that they branch from, filled up on the right, with their positions told. Short ends behind one node, such as the
+choices of a prompt, stand in one row and do not see each other. Any other model (attention in a sliding window, a recurrent state, positions of
+its own) reads each sequence from its beginning.
 """
 
 import gc
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +26,8 @@ from echelon.models.batching import cache_name, padded
 
 _LOGITS = 2**27
 """Numbers in the logits of one forward: half a gigabyte in float32."""
+_ENDS = 128
+"""Tokens that the ends in one row have together, at most: each of them attends over all."""
 Reads = list[tuple[int, int]]
 """Rows and columns after which logits are asked for."""
 Act = Callable[["Rows", list[Node], Reads, Float[Tensor, "reads vocab"]], None]
@@ -86,6 +91,8 @@ class Reader:
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.keeps = not getattr(inner, "_is_stateful", False) and self.cache_name in names
         self.shares = prefix_cache and self.keeps and self.takes_positions and not self.encoder_decoder and _sees_all(model)
+        masked = model.config._attn_implementation in ("eager", "sdpa") and hasattr(sys.modules[type(inner).__module__], "create_causal_mask")
+        self.packs = self.shares and masked  # that function leaves a mask of one's own as it is
         self.most_reads = max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
 
     def visit(
@@ -106,16 +113,18 @@ class Reader:
             parent_of: the row of each node there.
         """
         before = 0 if parents is None else parents.mask.shape[1]
-        cost = [times * (before + len(node.ids) + len(node.source) + room) for node in nodes]
-        reads = [len(wanted(node)) for node in nodes]
+        lines = self._lines(nodes, parent_of) if parents and not keep else [[i] for i in range(len(nodes))]
+        cost = [times * (before + sum(len(nodes[i].ids) + len(nodes[i].source) for i in line) + room) for line in lines]
+        reads = [sum(len(wanted(nodes[i])) for i in line) for line in lines]
         # An encoder-decoder's positions are columns, so padding would move the tokens written behind it: its batches are of one length.
-        groups = [len(node.ids) if keep and self.encoder_decoder else 0 for node in nodes]
-        order = sorted(range(len(nodes)), key=lambda i: (groups[i], -cost[i]))
+        groups = [len(nodes[line[0]].ids) if keep and self.encoder_decoder else 0 for line in lines]
+        order = sorted(range(len(lines)), key=lambda i: (groups[i], -cost[i]))
         while order:
             size = max(1, min(len(order), self.batch_tokens // cost[order[0]]))
             while size > 1 and (sum(reads[i] for i in order[:size]) > self.most_reads or groups[order[0]] != groups[order[size - 1]]):
                 size -= 1
-            few, places = [nodes[i] for i in order[:size]], [parent_of[i] for i in order[:size] if parents]
+            few = [[nodes[i] for i in lines[line]] for line in order[:size]]
+            places = [parent_of[lines[line][0]] for line in order[:size] if parents]
             failed = False
             try:
                 below = self._batch(few, act, wanted, keep, parents, places)
@@ -135,14 +144,35 @@ class Reader:
                 del rows
             below = None  # a batch is in memory once, not along with the next
 
+    def _lines(self, nodes: Sequence[Node], parent_of: Sequence[int]) -> list[list[int]]:
+        """Which nodes stand in each row: one, or the ends behind one row where they are short."""
+        lines, ends = list[list[int]](), dict[int, list[int]]()
+        for i, node in enumerate(nodes):
+            if self.packs and not node.children:
+                ends.setdefault(parent_of[i], []).append(i)
+            else:
+                lines.append([i])
+        for line in ends.values():
+            lines += [line] if sum(len(nodes[i].ids) for i in line) <= _ENDS else [[i] for i in line]
+        return lines
+
     def _batch(
-        self, nodes: list[Node], act: Act, wanted: Callable[[Node], Sequence[int]], keep: bool, parents: Rows | None, parent_of: Sequence[int]
+        self, lines: list[list[Node]], act: Act, wanted: Callable[[Node], Sequence[int]], keep: bool, parents: Rows | None, parent_of: Sequence[int]
     ) -> tuple[Rows, list[tuple[int, Node]]] | None:
         """Read one batch; its rows and the nodes behind them, if there are any."""
+        nodes, reads, places = list[Node](), Reads(), Reads()
+        for row, line in enumerate(lines):
+            begin = 0
+            for node in line:
+                offsets = wanted(node)
+                reads += [(len(nodes), offset) for offset in offsets]
+                places += [(row, begin + offset) for offset in offsets]
+                begin += len(node.ids)
+                nodes.append(node)
         rows = self._begin(nodes, parents, parent_of, keep)
-        reads = [(row, offset) for row, node in enumerate(nodes) for offset in wanted(node)]
-        act(rows, nodes, reads, self._read(rows, [node.ids for node in nodes], reads, left=keep and self.keeps and not self.shares))
-        below = [(row, child) for row, node in enumerate(nodes) for child in node.children]
+        left = keep and self.keeps and not self.shares
+        act(rows, nodes, reads, self._read(rows, [[node.ids for node in line] for line in lines], places, left))
+        below = [(row, child) for row, line in enumerate(lines) for node in line for child in node.children]
         return (rows, below) if below else None
 
     def advance(self, rows: Rows, tokens: Sequence[int]) -> Float[Tensor, "rows vocab"]:
@@ -150,8 +180,8 @@ class Reader:
         if rows.cache is None:
             rows.texts = [[*text, token] for text, token in zip(rows.texts, tokens, strict=True)]
             rows.mask = rows.mask[:, :0]
-            return self._read(rows, rows.texts, [(row, len(text) - 1) for row, text in enumerate(rows.texts)])
-        return self._read(rows, [[token] for token in tokens], [(row, 0) for row in range(len(tokens))])
+            return self._read(rows, [[text] for text in rows.texts], [(row, len(text) - 1) for row, text in enumerate(rows.texts)])
+        return self._read(rows, [[[token]] for token in tokens], [(row, 0) for row in range(len(tokens))])
 
     def _begin(self, nodes: Sequence[Node], parents: Rows | None, parent_of: Sequence[int], keep: bool) -> Rows:
         if parents is not None:
@@ -170,15 +200,17 @@ class Reader:
             rows.texts = [node.ids for node in nodes]
         return rows
 
-    def _read(self, rows: Rows, ids: Sequence[Sequence[int]], reads: Reads, left: bool = False) -> Float[Tensor, "reads vocab"]:
-        """Append tokens to each row; logits after those in the given columns (counted from each row's first new token)."""
+    def _read(self, rows: Rows, pieces: Sequence[Sequence[Sequence[int]]], reads: Reads, left: bool = False) -> Float[Tensor, "reads vocab"]:
+        """Append tokens to each row, in pieces that do not see each other; logits after those in the given columns, counted from a row's first new token."""
+        ids = [list(itertools.chain(*line)) for line in pieces]
         width = max(map(len, ids))
         if left:
             chunk, new = (part.flip(1) for part in padded([row[::-1] for row in ids], self.model.device))
             reads = [(row, width - len(ids[row]) + column) for row, column in reads]
         else:
             chunk, new = padded(ids, self.model.device)
-        rows.mask = torch.cat([rows.mask, new.bool()], dim=1)
+        known = rows.mask
+        rows.mask = torch.cat([known, new.bool()], dim=1)
         mask = rows.mask.long()
         arguments: dict[str, Any] = {"use_cache": rows.cache is not None}
         if rows.cache is not None:
@@ -191,6 +223,8 @@ class Reader:
             arguments |= {"input_ids": chunk, "attention_mask": mask}
             if self.takes_positions:
                 arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -width:]
+            if any(len(line) > 1 for line in pieces):
+                arguments |= _apart(known, pieces, width, self.model.dtype)
         return self._logits(arguments, reads)
 
     def _logits(self, arguments: dict[str, Any], reads: Reads) -> Float[Tensor, "reads vocab"]:
@@ -204,6 +238,17 @@ class Reader:
             return self.model(**arguments).logits[:, 0].float()
         finally:
             hook.remove()
+
+
+def _apart(known: Bool[Tensor, "rows columns"], pieces: Sequence[Sequence[Sequence[int]]], width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A mask by which each piece sees what its row is behind and itself, and positions that go on from there."""
+    numbers = [[number for number, piece in enumerate(line) for _ in piece] for line in pieces]
+    offsets = [[offset for piece in line for offset in range(len(piece))] for line in pieces]
+    number, offset = (torch.tensor([[*row, *[fill] * (width - len(row))] for row in some], device=known.device) for some, fill in ((numbers, -1), (offsets, 0)))
+    own = (number[:, :, None] == number[:, None]).tril()
+    seen = torch.cat([known[:, None].expand(-1, width, -1), own], dim=2)[:, None]
+    mask = torch.zeros(seen.shape, dtype=dtype, device=known.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"attention_mask": mask, "position_ids": known.sum(1, keepdim=True) + offset}
 
 
 def _sees_all(model: PreTrainedModel) -> bool:
