@@ -138,18 +138,18 @@ def compared(loaded: LoadedModel, asked: Asked, args: argparse.Namespace) -> lis
         "plain calls": (lambda: plainly(loaded, few, apart), scale),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    memory: dict[str, float] = {}
+    memory = 0.0
     tokens = [counted(sharing, asked), counted(apart, few) * scale]  # which warms both up too
     for _ in range(args.repeats):
         for name, (work, times) in sides.items():
             taken, mib = measured(work, args.device)
             seconds[name].append(taken * times)
-            memory[name] = max(memory.get(name, 0.0), mib)
+            memory = max(memory, mib) if name == "sharing" else memory
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [statistics.median(b / a for a, b in zip(seconds["sharing"], seconds[name], strict=True)) for name in list(sides)[1:]]
     return [
         str(len(asked)), f"{tokens[1] / len(asked):.0f}", f"{tokens[0] / tokens[1]:.2f}", *(f"{value:.1f}" for value in median.values()),
-        *(f"{ratio:.2f}" for ratio in ratios), f"{memory['sharing']:.0f}", f"{memory['one at a time']:.0f}",
+        *(f"{ratio:.2f}" for ratio in ratios), f"{memory:.0f}",
     ]  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def main() -> None:
         f"{where}, torch {torch.__version__}, transformers {transformers.__version__}; {size:.0f} M parameters, {loaded.model.dtype}, "
         f"batches of {args.batch_tokens} tokens; medians of {args.repeats}, taken in turn; load average {os.getloadavg()[0]:.1f} before.", "",
         "| round | prompts | tokens a prompt | share of tokens forwarded | s sharing | s in batches | s one at a time | s plain calls | batches / sharing "
-        "| one at a time / sharing | plain / sharing | MiB sharing | MiB one at a time |", "|---|" + "---|" * 12,
+        "| one at a time / sharing | plain / sharing | MiB sharing |", "|---|" + "---|" * 11,
     ]  # fmt: skip
     for name, asked in rounds(LocalEngine(loaded), 3 if args.quick else 20, args.quick):
         lines.append(f"| {name} | " + " | ".join(compared(loaded, asked, args)) + " |")

@@ -91,30 +91,28 @@ def asked_together(args: argparse.Namespace) -> list[str]:
     size = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
     lines = [
         f"## Questions of {len(requests)} queries at once, {size:.0f} M parameters on {args.device}", "",
-        "| method | prompts | tokens a prompt | s together | s one at a time | ratio (want at least 3) | MiB together | MiB one at a time |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | prompts | tokens a prompt | s together | s one at a time | ratio (want at least 3) | MiB together |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     methods: dict[str, tuple[Callable[[LocalEngine], Reranker], int]] = {
         "PRP, heapsort": (lambda engine: PRP(engine, max_passage_tokens=60, batch_size=256), args.prompts),
         "setwise, likelihood": (lambda engine: RankR1(engine, reasoning=False, scoring="likelihood", max_passage_tokens=60), args.prompts // 10),
     }
     for name, (make, most) in methods.items():
-        through, alone = [], []
-        peaks = [0.0, 0.0]
+        through, alone, peak = [], [], 0.0
         for _ in range(1 if args.quick else args.repeats):
             reranker = make(LocalEngine(loaded))
             found: dict[str, Any] = {}
             taken, mib = measured(lambda: found.update(made=reranker.rerank(requests, budget=Budget(prompts=most), trace=True)), args.device)  # noqa: B023
             through.append(taken)
-            judge, made = reranker.judge, found["made"]
+            judge, made = make(LocalEngine(loaded)).judge, found["made"]
             questions = [judgement.question for judgement in made.trace if not judgement.known]
             few = random.Random(1).sample(questions, min(args.sample, len(questions)))
-            taken, alone_mib = measured(lambda: [judge.answer([question]) for question in few], args.device)  # noqa: B023
+            taken, _ = measured(lambda: [judge.answer([question]) for question in few], args.device)  # noqa: B023
             alone.append(taken * len(questions) / len(few))
-            peaks = [max(peaks[0], mib), max(peaks[1], alone_mib)]
+            peak = max(peak, mib)
         ratio = statistics.median(b / a for a, b in zip(through, alone, strict=True))
         stats = made.stats
-        cells = [f"{stats.prompts}", f"{stats.prompt_tokens / stats.prompts:.0f}", told(through), told(alone), f"{ratio:.1f}", *(f"{mib:.0f}" for mib in peaks)]
+        cells = [f"{stats.prompts}", f"{stats.prompt_tokens / stats.prompts:.0f}", told(through), told(alone), f"{ratio:.2f}", f"{peak:.0f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr)
     return [*lines, ""]

@@ -38,7 +38,7 @@ class LocalEngine(Engine):
 
     Attributes:
         model: a loaded model and its tokenizer, or a name for `echelon.models.load`.
-        batch_tokens: tokens that are in memory for one batch, padding and kept keys and values included; halved when memory runs out.
+        batch_tokens: tokens that are in memory for one batch at most, padding and kept keys and values included; halved when memory runs out.
         prefix_cache: read what prompts begin with in common once, where the model's attention allows it.
 
     Raises:

@@ -26,6 +26,8 @@ from echelon.models.batching import cache_name, padded
 
 _LOGITS = 2**27
 """Numbers in the logits of one forward: half a gigabyte in float32."""
+_CACHED = 1024
+"""Tokens of a batch for each thread of a CPU, at most, where nothing is written: what a larger one computes leaves the caches, and takes longer."""
 _ENDS = 128
 """Tokens that the ends in one row have together, at most: each of them attends over all."""
 Reads = list[tuple[int, int]]
@@ -78,7 +80,7 @@ class Reader:
 
     Args:
         model: a causal or encoder-decoder model.
-        batch_tokens: tokens of a batch, with what is kept of them and padding; halved for good when memory runs out.
+        batch_tokens: tokens of a batch at most, with what is kept of them and padding; halved for good when memory runs out.
         prefix_cache: forward shared beginnings once, where the model can.
     """
 
@@ -120,7 +122,8 @@ class Reader:
         groups = [len(nodes[line[0]].ids) if keep and self.encoder_decoder else 0 for line in lines]
         order = sorted(range(len(lines)), key=lambda i: (groups[i], -cost[i]))
         while order:
-            size = max(1, min(len(order), self.batch_tokens // cost[order[0]]))
+            most = self.batch_tokens if keep or self.model.device.type != "cpu" else min(self.batch_tokens, _CACHED * torch.get_num_threads())
+            size = max(1, min(len(order), most // cost[order[0]]))
             while size > 1 and (sum(reads[i] for i in order[:size]) > self.most_reads or groups[order[0]] != groups[order[size - 1]]):
                 size -= 1
             few = [[nodes[i] for i in lines[line]] for line in order[:size]]
