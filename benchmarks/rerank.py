@@ -104,7 +104,7 @@ def asked_together(args: argparse.Namespace) -> list[str]:
             found: dict[str, Any] = {}
             taken, mib = measured(lambda: found.update(made=reranker.rerank(requests, budget=Budget(prompts=most), trace=True)), args.device)  # noqa: B023
             through.append(taken)
-            judge, made = make(LocalEngine(loaded)).judge, found["made"]
+            judge, made = reranker.judge, found["made"]
             questions = [judgement.question for judgement in made.trace if not judgement.known]
             few = random.Random(1).sample(questions, min(args.sample, len(questions)))
             taken, _ = measured(lambda: [judge.answer([question]) for question in few], args.device)  # noqa: B023
