@@ -18,7 +18,7 @@ from echelon.llm.permutation import ranking_text
 from echelon.models import load
 
 REUSING = ["llama", "gpt2", "opt", "gpt_neox", "qwen3", "phi"]
-ALONE = ["mistral", "t5", "mamba", "bloom"]
+ALONE = ["mistral", "t5", "mamba", "bloom", "gpt_neo"]
 WIDE = {"vocab_size": tiny.VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 
@@ -26,11 +26,14 @@ WIDE = {"vocab_size": tiny.VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_tok
 def network(family):
     if family == "t5":
         return tiny.model("t5")
-    if family in ("mamba", "bloom"):
+    if family in ("mamba", "bloom", "gpt_neo"):
         with torch.random.fork_rng():
             torch.manual_seed(3)
             if family == "mamba":
                 made = transformers.MambaForCausalLM(transformers.MambaConfig(**WIDE, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+            elif family == "gpt_neo":  # which keeps everything and looks back over a window all the same
+                config = transformers.GPTNeoConfig(**WIDE, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=6)
+                made = transformers.GPTNeoForCausalLM(config).eval()
             else:
                 made = transformers.BloomForCausalLM(transformers.BloomConfig(**WIDE, hidden_size=32, n_layer=2, n_head=4)).eval()
             for parameter in made.parameters():

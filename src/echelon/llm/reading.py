@@ -93,7 +93,7 @@ class Reader:
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.keeps = not getattr(inner, "_is_stateful", False) and self.cache_name in names
         self.shares = prefix_cache and self.keeps and self.takes_positions and not self.encoder_decoder and _sees_all(model)
-        masked = model.config._attn_implementation in ("eager", "sdpa") and hasattr(sys.modules[type(inner).__module__], "create_causal_mask")
+        masked = model.config._attn_implementation in ("eager", "sdpa") and hasattr(sys.modules.get(type(inner).__module__), "create_causal_mask")
         self.packs = self.shares and masked  # that function leaves a mask of one's own as it is
         self.most_reads = max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
 
@@ -260,7 +260,8 @@ def _sees_all(model: PreTrainedModel) -> bool:
         layers = DynamicCache(config=model.config).layers
     except (KeyError, TypeError, ValueError, AttributeError):
         return False  # a kind of layer that this cache does not know
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    windowed = "local" in (getattr(model.config, "attention_layers", None) or ())  # GPT-Neo, which keeps what it does not see
+    return bool(layers) and not windowed and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _out_of_memory(error: BaseException) -> bool:
