@@ -10,7 +10,6 @@ texts that are neither trained on nor tested.
 
 import argparse
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -78,10 +77,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.steps, options.align_steps, options.lr, options.ratios, options.seeds = 2, 2, [0.01], [0.5], 1
-    load = os.getloadavg()[0]
     lines = [
         "# LoRAM on a small model", "", "    python benchmarks/loram.py" + (" --e2e FOLDER" if options.e2e else ""), "",
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; load average {load:.1f} before. "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
         f"{'E2E' if options.e2e else 'The prose that ships'}: {options.steps} steps of 8 rows of 64 tokens, rank 4, {options.seeds} seeds. "
         "Test losses, nats a token, means (least to most) over seeds.", "",
         "| pruned | weights beside the LoRA | " + " | ".join(LOSSES.values()) + " | best rate |", "|---|---:|---:|---:|---:|---:|",

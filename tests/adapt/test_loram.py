@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 import small_models
 import tiny
 from echelon.adapt import LoRAM, PrunePlan, evaluate_gap, prune, prune_folder, recover
-from echelon.adapt.fitting import fit, training_rows
+from echelon.adapt.fitting import fit
 from echelon.adapt.prune_plan import fingerprint
+from echelon.calibrate.rows import training_rows
 from echelon.errors import UserError
 from echelon.models.families import UnsupportedFamily
 from echelon.models.narrowing import Kept

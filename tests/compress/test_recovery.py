@@ -40,6 +40,7 @@ def test_it_takes_the_steps_of_adamw_under_the_schedule():
     for (name, found), expected in zip(model.named_parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4, msg=name)
     assert told["tokens"] == steps * ids.numel()
+    assert recover(model, [{"input_ids": ids}], steps=2, batch_size=3)["tokens"] == 2 * ids.numel()
     assert told["loss_first"] == pytest.approx(losses[0], rel=1e-4)
     assert told["loss_last"] == pytest.approx(losses[-1], rel=1e-4)
     assert told["trained_parameters"] == sum(p.numel() for p in model.parameters())

@@ -46,6 +46,14 @@ def test_everything_shared_stands_once_where_it_is_worth_it():
     assert all(not node.children for node in prefix_tree([[7] * 5 + [b] for b in (1, 2, 3)]))  # 10 tokens would be saved
 
 
+def test_a_beginning_is_not_shared_where_masked_attention_behind_it_costs_more():
+    sequences = [[7] * 40 + [a] * 1000 for a in range(8, 12)]  # saves 3 * 40 tokens; 4 * 1000^2 / (12 * 4096) are 81, at width 512 they are 651
+    assert [len(node.children) for node in prefix_tree(sequences, 4096)] == [4]
+    assert [(len(node.ids), node.children) for node in prefix_tree(sequences, 512)] == [(1040, [])] * 4
+    choices = [[*ids, end] for ids in sequences for end in (1, 2)]
+    assert [(len(node.ids), len(node.children)) for node in prefix_tree(choices, 512)] == [(1040, 2)] * 4
+
+
 def test_sequences_within_sequences_do_not_go_deeper_than_is_kept():
     def depth(nodes):
         return 1 + max(depth(node.children) for node in nodes) if nodes else 0

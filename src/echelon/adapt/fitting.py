@@ -1,29 +1,16 @@
 """A plain loop of next-token training for models that need no trainer: packed rows, AdamW, a linear warm-up and a cosine to zero."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from echelon.calibrate import calibration_batches
+from echelon.calibrate.rows import Row, filled_up, shuffled
 from echelon.calibrate.walker import on_device
 from echelon.errors import UserError
-
-_ALL = 10**9
-Row = dict[str, Tensor]
-
-
-def training_rows(data: Any, tokenizer: Any, seqlen: int) -> list[Row]:
-    """All of the data as rows of tokens; anything that :func:`echelon.calibrate.calibration_batches` takes."""
-    batches = calibration_batches(data, tokenizer, nsamples=_ALL, seqlen=seqlen, batch_size=1).batches
-    return [{key: value[place] for key, value in batch.items()} for batch in batches for place in range(len(next(iter(batch.values()))))]
-
-
-def row_length(model: Any, seqlen: int) -> int:
-    """Tokens a row, at most what the model takes."""
-    return min(seqlen, getattr(model.config.get_text_config(), "max_position_embeddings", None) or seqlen)
+from echelon.models.master_weights import MasterWeights
 
 
 def fit(
@@ -37,7 +24,7 @@ def fit(
 
     Args:
         model: gives the mean next-token loss of a batch with labels; it is left in evaluation mode.
-        rows: from :func:`training_rows`.
+        rows: from :func:`echelon.calibrate.rows.training_rows`.
         steps: updates.
         learning_rate: at the end of the warm-up.
         batch_size: rows a step.
@@ -50,10 +37,9 @@ def fit(
     Raises:
         UserError: if the loss is not finite.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    masters = [p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for p in trained]
-    optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
-    device, losses, batches = trained[0].device, [], _batches(rows, batch_size, seed)
+    weights = MasterWeights(p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(weights.copies, lr=learning_rate, weight_decay=0.0)
+    device, losses, batches = weights.parameters[0].device, [], shuffled(rows, batch_size, seed)
     model.train()
     try:
         with torch.random.fork_rng():
@@ -65,15 +51,14 @@ def fit(
                 losses.append(_gradients(model, next(batches), micro_batch_size, device))
                 if not math.isfinite(losses[-1]):
                     raise UserError(f"the loss is {losses[-1]} at step {step + 1}; lower the learning rate, {learning_rate:g}")
-                _update(optimizer, trained, masters)
+                weights.step(optimizer)
                 if after_update is not None:
                     after_update()
                 if on_step is not None:
                     on_step({"step": step + 1, "of": steps, "loss": losses[-1]})
     finally:
         model.eval()
-        for p in trained:
-            p.grad = None
+        weights.clear()
     return losses
 
 
@@ -101,27 +86,7 @@ def _gradients(model: nn.Module, rows: Sequence[Row], size: int, device: torch.d
 
 def _labelled(rows: Sequence[Row]) -> tuple[Row, int]:
     """A batch with labels, filled up on the right, and how many tokens it predicts."""
-    batch = {key: nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
+    batch = filled_up(rows)
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     labels = batch.get("labels", batch["input_ids"]).masked_fill(mask == 0, -100)
     return batch | {"labels": labels}, int((labels[:, 1:] != -100).sum())
-
-
-@torch.no_grad()
-def _update(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-    for p, master in zip(trained, masters, strict=True):
-        if master is not p and p.grad is not None:
-            master.grad, p.grad = p.grad.float(), None
-    optimizer.step()
-    optimizer.zero_grad()
-    for p, master in zip(trained, masters, strict=True):
-        if master is not p:
-            p.copy_(master)
-
-
-def _batches(rows: Sequence[Mapping[str, Tensor]], size: int, seed: int) -> Iterator[list[Any]]:
-    """Batches without end, in a new order each time round."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for places in torch.randperm(len(rows), generator=generator).split(size):
-            yield [rows[int(place)] for place in places]

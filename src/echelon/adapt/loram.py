@@ -24,11 +24,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from echelon.adapt.fitting import fit, row_length, training_rows
+from echelon.adapt.fitting import fit
 from echelon.adapt.prune_plan import PrunePlan, fingerprint, mask_weights, prune, refuse_compressed
 from echelon.adapt.recovered import evaluate_gap, recover
 from echelon.calibrate import calibration_batches
 from echelon.calibrate.importance import weight_importance
+from echelon.calibrate.rows import row_length, training_rows
 from echelon.data.files import append_line, folder_whole, read_text, write_whole
 from echelon.errors import UserError
 from echelon.linalg.bases import seed_of

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from echelon.adapt.fitting import mean_loss, row_length, training_rows
+from echelon.adapt.fitting import mean_loss
 from echelon.adapt.prune_plan import PrunePlan
+from echelon.calibrate.rows import row_length, training_rows
 from echelon.data.files import folder_whole
 from echelon.errors import UserError
 from echelon.linalg.bases import seed_of

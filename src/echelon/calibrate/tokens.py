@@ -63,7 +63,7 @@ def calibration_batches(
         raise UserError("calibration data is empty; give at least one text")
     if isinstance(items[0], Mapping):
         inputs = [{name: torch.as_tensor(value) for name, value in batch.items()} for batch in items]
-        return Calibration(inputs, sum(_positions(batch) for batch in inputs), source)
+        return Calibration(inputs, sum(positions(batch) for batch in inputs), source)
     rows = _rows(items, tokenizer, seqlen, packing)
     if not sum(map(len, rows)):
         raise UserError(f"calibration data ({source}) holds no token; give more text")
@@ -93,7 +93,8 @@ def _rows(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None, seqle
     return [ids[start : start + seqlen] for start in range(0, max(len(ids) - seqlen, 0) + 1, seqlen)]
 
 
-def _positions(batch: Mapping[str, Tensor]) -> int:
+def positions(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch that are no pads, or what else it has: images."""
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
     if "input_ids" in batch:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.calibrate import calibration_batches
+from echelon.calibrate.rows import ALL, filled_up, row_length, rows_of, shuffled
+from echelon.calibrate.tokens import positions
 from echelon.calibrate.walker import on_device
 from echelon.errors import UserError
+from echelon.models.master_weights import MasterWeights
 from echelon.models.modules import factored
 
 FLOOR = 0.1  # share of the learning rate at which the cosine ends
-ALL_ROWS = 10**9
 
 
 def select_trainable(model: nn.Module, predicate: Callable[[str], bool]) -> list[str]:
@@ -100,42 +102,39 @@ def recover(
     warm = max(1, steps // 20) if warmup is None else warmup
     if not 0 <= warm <= steps:
         raise ValueError(f"warmup is {warmup!r}; it must be from 0 to steps, {steps}")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seqlen
-    shown = calibration_batches(data, tokenizer, nsamples=ALL_ROWS, seqlen=min(seqlen, limit))
-    rows = [{key: value[place] for key, value in batch.items()} for batch in shown.batches for place in range(len(next(iter(batch.values()))))]
+    shown = calibration_batches(data, tokenizer, nsamples=ALL, seqlen=row_length(model, seqlen))
+    rows = rows_of(shown.batches)
     if trainable is not None:
         select_trainable(model, trainable)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
+    weights = MasterWeights(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not weights.parameters:
         raise ValueError("no parameter is trainable; nothing can be recovered")
-    masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in trained]
-    optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(weights.copies, lr=learning_rate, weight_decay=weight_decay)
     losses: list[float] = []
     tokens, started, training = 0, time.monotonic(), model.training
     model.train()
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for number, batch in enumerate(itertools.islice(_batches(rows, batch_size, seed), steps)):
+            for number, batch in enumerate(map(filled_up, itertools.islice(shuffled(rows, batch_size, seed), steps))):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * _schedule(number, steps, warm)
                 here = loss(model, on_device(batch, model.device))
                 if not math.isfinite(value := float(here.detach())):
                     raise UserError(f"the loss is {value} at step {number + 1} of the recovery; lower the learning rate, {learning_rate:g}")
                 here.backward()
-                _update(optimizer, trained, masters)
+                weights.step(optimizer)
                 losses.append(value)
-                tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
+                tokens += positions(batch)
                 if on_progress is not None:
                     on_progress({"step": "recovery", "done": number + 1, "of": steps, "loss": value})
     finally:
         model.train(training)
-        for parameter in trained:
-            parameter.grad = None
+        weights.clear()
     tenth = max(1, steps // 10)
     return {
         "steps": steps, "tokens": tokens, "seconds": time.monotonic() - started, "learning_rate": learning_rate, "source": shown.source,
-        "trained_parameters": sum(p.numel() for p in trained),
+        "trained_parameters": sum(p.numel() for p in weights.parameters),
         "loss_first": sum(losses[:tenth]) / tenth, "loss_last": sum(losses[-tenth:]) / tenth,
     }  # fmt: skip
 
@@ -144,31 +143,3 @@ def _schedule(step: int, steps: int, warm: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-@torch.no_grad()
-def _update(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], masters: list[Any]) -> None:
-    for parameter, master in zip(trained, masters, strict=True):
-        if master is not parameter and parameter.grad is not None:
-            master.grad = parameter.grad.float()
-            parameter.grad = None
-    optimizer.step()
-    optimizer.zero_grad()
-    for parameter, master in zip(trained, masters, strict=True):
-        if master is not parameter:
-            parameter.copy_(master)
-
-
-def _batches(rows: list[dict[str, Tensor]], size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches without end: a new order each epoch, rows of unequal length filled up with zeros on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for places in torch.randperm(len(rows), generator=generator).split(size):
-            batch = [rows[int(place)] for place in places]
-            yield {key: _stack([row[key] for row in batch]) for key in batch[0]}
-
-
-def _stack(values: list[Tensor]) -> Tensor:
-    if len({tuple(value.shape) for value in values}) == 1:
-        return torch.stack(values)
-    return nn.utils.rnn.pad_sequence(values, batch_first=True)

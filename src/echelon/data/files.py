@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from echelon.errors import UserError
 
@@ -20,28 +21,39 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     Raises:
         UserError: if the folder cannot be written to or the disk is full; the old file stays.
     """
-    path = Path(path)
-    aside: str | None = None
-    try:
+    path, data = Path(path), content.encode() if isinstance(content, str) else content
+    with _refusing(path):
         if path.exists() and not path.is_file() and not path.is_dir():
             with open(path, "ab") as device:
-                device.write(content.encode() if isinstance(content, str) else content)
+                device.write(data)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException as error:
-        if aside is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
+    with file_whole(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def file_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file to write to, which takes this name, and the place of what was there, when the block ends well; else it goes.
+
+    Raises:
+        UserError: if it cannot be written to.
+    """
+    path, aside = Path(path), ""
+    with _refusing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with open(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            if aside:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(aside)
+            raise
 
 
 @contextlib.contextmanager
@@ -53,30 +65,37 @@ def folder_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     aside: Path | None = None
+    with _refusing(folder):
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is a file; give a folder")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            os.chmod(aside, 0o755)
+            if folder.exists():
+                old = aside.with_name(aside.name + ".old")
+                os.replace(folder, old)
+                os.replace(aside, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(aside, folder)
+        except BaseException:
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; give a folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        os.chmod(aside, 0o755)
-        if folder.exists():
-            old = aside.with_name(aside.name + ".old")
-            os.replace(folder, old)
-            os.replace(aside, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, folder)
-    except BaseException as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-        raise
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -105,14 +124,12 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    try:
+    with _refusing(Path(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line.rstrip("\n") + "\n")
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

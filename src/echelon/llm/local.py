@@ -321,7 +321,7 @@ class LocalEngine(Engine):
         return context - tokens
 
     def _nodes(self, sequences: Sequence[Sequence[int]], sources: Sequence[tuple[int, ...]]) -> list[Node]:
-        return prefix_tree(sequences) if self._reader.shares else single_nodes(sequences, sources)
+        return prefix_tree(sequences, self._reader.width) if self._reader.shares else single_nodes(sequences, sources)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

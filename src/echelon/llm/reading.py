@@ -9,6 +9,7 @@ its own) reads each sequence from its beginning.
 import gc
 import inspect
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Reader:
         self.shares = prefix_cache and self.keeps and self.takes_positions and not self.encoder_decoder and _sees_all(model)
         masked = model.config._attn_implementation in ("eager", "sdpa") and hasattr(sys.modules.get(type(inner).__module__), "create_causal_mask")
         self.packs = self.shares and masked  # that function leaves a mask of one's own as it is
+        self.width = getattr(model.config.get_text_config(decoder=True), "hidden_size", math.inf)
         self.most_reads = max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
 
     def visit(

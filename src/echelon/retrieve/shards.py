@@ -1,20 +1,18 @@
 """One shard of a collection's vectors, and who makes them: this process, a pool of processes, or Ray. All of them call one function."""
 
-import contextlib
 import json
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from echelon.data.documents import Doc
+from echelon.data.files import file_whole
 from echelon.errors import UserError
 
 Storage = Literal["float32", "float16", "int8"]
@@ -55,29 +53,15 @@ def encode_shard(shard: Shard, encoder: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    target, aside = Path(shard.target), None
     fields = [("id", pa.string()), ("text_hash", pa.string()), ("vector", pa.list_(_arrow_type(shard.dtype), encoder.dim)), ("norm", pa.float32())]
     schema = pa.schema(fields)
     before = _cut_by(encoder)
-    try:
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with open(handle, "wb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* are longer than the .* tokens")  # told once, of all shards together
-            with parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
-                for rows in _blocks(_lines(shard)):
-                    writer.write_table(_table(rows, encoder, shard.dtype, schema))
-                writer.add_key_value_metadata({"digest": shard.digest, "truncated": str(_cut_by(encoder) - before)})
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, target)
-    except BaseException as error:
-        if aside is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot make {target}: {error.strerror or error}") from error
-        raise
+    with file_whole(shard.target) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* are longer than the .* tokens")  # told once, of all shards together
+        with parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
+            for rows in _blocks(_lines(shard)):
+                writer.write_table(_table(rows, encoder, shard.dtype, schema))
+            writer.add_key_value_metadata({"digest": shard.digest, "truncated": str(_cut_by(encoder) - before)})
 
 
 def work(shards: Sequence[Shard], encoder: Any, engine: Engine, workers: int | None) -> Iterator[int]:
