@@ -38,4 +38,8 @@ def shuffled(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
 
 def filled_up(rows: Sequence[Row]) -> Row:
     """One batch, with zeros on the right of what is shorter."""
-    return {key: nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return {
+        key: torch.stack(values) if len({value.shape for value in values}) == 1 else nn.utils.rnn.pad_sequence(values, batch_first=True)
+        for key, values in columns.items()
+    }
