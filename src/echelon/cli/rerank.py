@@ -115,10 +115,11 @@ def _forecast_line(told: dict[str, Any]) -> str:
 
 def _stats_lines(told: dict[str, Any]) -> str:
     failures = ", ".join(f"{times:,} {status}" for status, times in sorted(told["failures"].items())) or "none"
+    tokens = f", with {told['prompt_tokens']:,} tokens read and {told['generated_tokens']:,} written" if told["prompt_tokens"] else ""
     lines = [
         f"{told['out']}: {told['queries']} queries ranked by {told['method']} in {told['seconds']:.1f} s",
         f"questions: {told['calls']:,} in {told['rounds']:,} rounds, {told['cache_hits']:,} of them answered from the cache",
-        f"prompts: {told['prompts']:,}, with {told['prompt_tokens']:,} tokens read and {told['generated_tokens']:,} written",
+        f"prompts: {told['prompts']:,}{tokens}",
         f"answers not read completely: {failures}",
     ]
     if told["stopped"]:

@@ -92,6 +92,7 @@ def folder_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _refusing(path: Path) -> Iterator[None]:
+    """Tell what the system refuses as an error about this path."""
     try:
         yield
     except OSError as error:
