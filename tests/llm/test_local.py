@@ -151,6 +151,18 @@ def test_no_batch_is_larger_than_its_tokens_allow(family):
     assert all(rows * columns <= 170 for (rows, *_, columns), _ in seen if rows > 1) and max(rows for (rows, *_), _ in seen) > 2
 
 
+def test_on_a_cpu_batches_that_are_scored_are_small_and_those_that_are_written_are_not(monkeypatch):
+    monkeypatch.setattr("echelon.llm.reading._CACHED", 200)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    made = engine()
+    seen, handle = watched(made)
+    made.score_choices(prompts(), [[" w1", " w2"]] * len(prompts()))
+    scored = [rows * columns for (rows, *_, columns), _ in seen]
+    made.generate(prompts(), max_new_tokens=2)
+    handle.remove()
+    assert max(scored) <= 400 < max(rows * columns for (rows, *_, columns), _ in seen[len(scored) :])
+
+
 def test_answers_do_not_depend_on_order_and_company():
     mixed = torch.randperm(len(prompts()), generator=torch.Generator().manual_seed(1)).tolist()
     choices = [CHOICES[i % 3] for i in range(len(prompts()))]

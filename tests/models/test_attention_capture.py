@@ -227,6 +227,7 @@ def test_windows_are_read_from_the_configuration():
     assert layer_windows(model("llama").config) == [None, None]
     assert layer_windows(model("mistral").config) == [8, 8]
     assert layer_windows(model("gemma2").config) == [8, None]
+    assert layer_windows(transformers.GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]], window_size=6)) == [None, 6]
     hybrid = transformers.Qwen3NextConfig(**SIZES, layer_types=["linear_attention", "full_attention"])
     assert layer_windows(hybrid) == [0, None]
 

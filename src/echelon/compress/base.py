@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import echelon
 from echelon.calibrate import Calibration, Statistics, calibration_batches
+from echelon.calibrate.rows import row_length
 from echelon.compress.budget import solve
 from echelon.compress.report import Report
 from echelon.models import LoadedModel, load
@@ -206,8 +207,7 @@ class Compressor(ABC):
 
     def calibration(self, model: PreTrainedModel, data: Any, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> Calibration:
         """The data as batches, no row longer than the model's context."""
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
-        return calibration_batches(data, tokenizer, nsamples=self.nsamples, seqlen=min(self.seqlen, limit), seed=seed)
+        return calibration_batches(data, tokenizer, nsamples=self.nsamples, seqlen=row_length(model, self.seqlen), seed=seed)
 
 
 def refuse(model: PreTrainedModel) -> None:

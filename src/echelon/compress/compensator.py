@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from echelon.calibrate import Calibration, InputObserver, LayerWalker, Moments, calibration_batches
+from echelon.calibrate.rows import row_length
 from echelon.calibrate.statistics import observe_whole
 from echelon.compress.export import whole_folder
 from echelon.compress.lora import lora_config
@@ -299,8 +300,7 @@ class Compensator(ABC):
     def _calibration(
         self, model: PreTrainedModel, data: Any, task_data: Any, tokenizer: PreTrainedTokenizerBase | None, seed: int
     ) -> Calibration:  # fmt: skip
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.seqlen
-        asked = {"seqlen": min(self.seqlen, limit), "seed": seed}
+        asked = {"seqlen": row_length(model, self.seqlen), "seed": seed}
         share = 0.0 if task_data is None else 1.0 if data is None else self.task_fraction
         of_task = round(share * self.nsamples)
         parts = []

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from echelon.llm.prefixes import Node
+from echelon.models.attention_capture import layer_windows
 from echelon.models.batching import cache_name, padded
 
 _LOGITS = 2**27
@@ -117,7 +118,7 @@ class Reader:
             parent_of: the row of each node there.
         """
         before = 0 if parents is None else parents.mask.shape[1]
-        lines = self._lines(nodes, parent_of) if parents and not keep else [[i] for i in range(len(nodes))]
+        lines = _lines(nodes, parent_of) if self.packs and parents and not keep else [[i] for i in range(len(nodes))]
         cost = [times * (before + sum(len(nodes[i].ids) + len(nodes[i].source) for i in line) + room) for line in lines]
         reads = [sum(len(wanted(nodes[i])) for i in line) for line in lines]
         # An encoder-decoder's positions are columns, so padding would move the tokens written behind it: its batches are of one length.
@@ -148,18 +149,6 @@ class Reader:
                 self.visit(next_nodes, act, wanted, keep=keep, room=room, times=times, parents=rows, parent_of=[row for row, _ in children])
                 del rows
             below = None  # a batch is in memory once, not along with the next
-
-    def _lines(self, nodes: Sequence[Node], parent_of: Sequence[int]) -> list[list[int]]:
-        """Which nodes stand in each row: one, or the ends behind one row where they are short."""
-        lines, ends = list[list[int]](), dict[int, list[int]]()
-        for i, node in enumerate(nodes):
-            if self.packs and not node.children:
-                ends.setdefault(parent_of[i], []).append(i)
-            else:
-                lines.append([i])
-        for line in ends.values():
-            lines += [line] if sum(len(nodes[i].ids) for i in line) <= _ENDS else [[i] for i in line]
-        return lines
 
     def _batch(
         self, lines: list[list[Node]], act: Act, wanted: Callable[[Node], Sequence[int]], keep: bool, parents: Rows | None, parent_of: Sequence[int]
@@ -229,7 +218,7 @@ class Reader:
             if self.takes_positions:
                 arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -width:]
             if any(len(line) > 1 for line in pieces):
-                arguments |= _apart(known, pieces, width, self.model.dtype)
+                arguments |= _apart(known, pieces, self.model.dtype)
         return self._logits(arguments, reads)
 
     def _logits(self, arguments: dict[str, Any], reads: Reads) -> Float[Tensor, "reads vocab"]:
@@ -245,13 +234,25 @@ class Reader:
             hook.remove()
 
 
-def _apart(known: Bool[Tensor, "rows columns"], pieces: Sequence[Sequence[Sequence[int]]], width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _lines(nodes: Sequence[Node], parent_of: Sequence[int]) -> list[list[int]]:
+    """Which nodes stand in each row: one, or the ends behind one row where they are short."""
+    lines, ends = list[list[int]](), dict[int, list[int]]()
+    for i, node in enumerate(nodes):
+        if node.children:
+            lines.append([i])
+        else:
+            ends.setdefault(parent_of[i], []).append(i)
+    for line in ends.values():
+        lines += [line] if sum(len(nodes[i].ids) for i in line) <= _ENDS else [[i] for i in line]
+    return lines
+
+
+def _apart(known: Bool[Tensor, "rows columns"], pieces: Sequence[Sequence[Sequence[int]]], dtype: torch.dtype) -> dict[str, Tensor]:
     """A mask by which each piece sees what its row is behind and itself, and positions that go on from there."""
-    numbers = [[number for number, piece in enumerate(line) for _ in piece] for line in pieces]
-    offsets = [[offset for piece in line for offset in range(len(piece))] for line in pieces]
-    number, offset = (torch.tensor([[*row, *[fill] * (width - len(row))] for row in some], device=known.device) for some, fill in ((numbers, -1), (offsets, 0)))
+    number, _ = padded([[number for number, piece in enumerate(line) for _ in piece] for line in pieces], known.device, -1)
+    offset, _ = padded([[offset for piece in line for offset in range(len(piece))] for line in pieces], known.device)
     own = (number[:, :, None] == number[:, None]).tril()
-    seen = torch.cat([known[:, None].expand(-1, width, -1), own], dim=2)[:, None]
+    seen = torch.cat([known[:, None].expand(-1, own.shape[1], -1), own], dim=2)[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=known.device).masked_fill(~seen, torch.finfo(dtype).min)
     return {"attention_mask": mask, "position_ids": known.sum(1, keepdim=True) + offset}
 
@@ -259,11 +260,10 @@ def _apart(known: Bool[Tensor, "rows columns"], pieces: Sequence[Sequence[Sequen
 def _sees_all(model: PreTrainedModel) -> bool:
     """Whether all of the model's layers attend to all earlier tokens, and keep keys and values of each."""
     try:
-        layers = DynamicCache(config=model.config).layers
+        layers, windows = DynamicCache(config=model.config).layers, layer_windows(model.config)
     except (KeyError, TypeError, ValueError, AttributeError):
         return False  # a kind of layer that this cache does not know
-    windowed = "local" in (getattr(model.config, "attention_layers", None) or ())  # GPT-Neo, which keeps what it does not see
-    return bool(layers) and not windowed and all(type(layer) is DynamicLayer for layer in layers)
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and all(window is None for window in windows)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -43,7 +43,10 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 
     Layers that are linear or recurrent, that choose keys by an index, or that share another layer's keys, count as 0.
     """
-    kinds, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    config = config.get_text_config(decoder=True)
+    if config.model_type == "gpt_neo":  # whose caches are told to be whole, though its local layers do not see them
+        return [config.window_size if kind == "local" else None for kind in config.attention_layers]
+    kinds, settings = get_layer_types_and_kwargs(config)
     full = ("full_attention", "hybrid")
     return [None if kind in full else setting.get("sliding_window", 0) for kind, setting in zip(kinds, settings, strict=True)]
 
